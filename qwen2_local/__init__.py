@@ -1,0 +1,32 @@
+"""Run Qwen2 language models on this computer, offline and private.
+
+The public API is what this module names; everything else is internal. Importing it loads no backend.
+
+    from qwen2_local import Qwen2
+    with Qwen2("guide") as model:
+        print(model.ask("What is GGUF?"))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qwen2_local.errors import Qwen2LocalError
+    from qwen2_local.model import Qwen2
+    from qwen2_local.types import Completion, Message, Piece, Sampling, Usage
+
+__all__ = ["Completion", "Message", "Piece", "Qwen2", "Qwen2LocalError", "Sampling", "Usage", "__version__"]
+
+_HOMES = {"Qwen2": "model", "Qwen2LocalError": "errors", "Completion": "types", "Message": "types", "Piece": "types", "Sampling": "types", "Usage": "types"}
+
+
+def __getattr__(name: str) -> object:
+    # Lazily, so that `qwen2-local --help` pays for none of it.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"qwen2_local.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'qwen2_local' has no attribute {name!r}")
