@@ -1,0 +1,274 @@
+"""Files that are whole or not there: atomic writes, folders built aside and published by a rename, locks, checked names, disk space.
+
+Unfinished work lies under a name that starts with ".qwen2-", locked by its maker. `sweep` deletes what nobody holds any more.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen2_local.errors import BadFile, DoesNotFit, UsageError
+
+_UNFINISHED = ".qwen2-"
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+_LOCK_PAUSE = 0.05
+_GET_AGAIN = "Get the files from their original source."
+_EXISTS = "Delete it first, or choose another name."
+
+
+# Names
+
+
+def safe_name(name: str, where: str = "a listing") -> str:
+    """`name` if it is one plain file name on every platform; else raises BadFile. `where` says who gave the name."""
+    reason = ""
+    if not name or name in (".", ".."):
+        reason = "it is no file name"
+    elif "/" in name or "\\" in name:
+        reason = "it holds a path separator"
+    elif any(unicodedata.category(c) in ("Cc", "Cs", "Cf") for c in name):
+        reason = "it holds a control character"
+    elif ":" in name or any(c in '<>"|?*' for c in name) or name[-1] in ". " or _RESERVED.fullmatch(name):
+        reason = "it means something else on some systems"
+    elif len(name.encode()) > 255:
+        reason = "it is longer than 255 bytes"
+    if reason:
+        raise BadFile(f"{where} names the file {name[:100]!r}, which is refused: {reason}.", hint=_GET_AGAIN)
+    return name
+
+
+def refuse_clashes(names: Iterable[str], where: str = "a listing") -> None:
+    """Raises BadFile if two of `names` are one file on a file system that ignores case or normalizes Unicode."""
+    seen: dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        if folded in seen:
+            raise BadFile(f"{where} names both {seen[folded]!r} and {name!r}: one file on some systems.", hint=_GET_AGAIN)
+        seen[folded] = name
+
+
+def inside(root: Path, path: Path) -> Path:
+    """`path` with every symbolic link resolved, if that lies in `root`; else raises BadFile."""
+    resolved = path.resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise BadFile(f"{path} is a link out of its folder, to {resolved}.", hint="Put the file itself there.")
+    return resolved
+
+
+# Disk
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for this user where `path` is or would be."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_free(path: Path, needed: int) -> None:
+    """Raises DoesNotFit unless `needed` bytes are free where `path` is or would be."""
+    free = free_bytes(path)
+    if free < needed:
+        raise _disk_full(path, needed, free)
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turns a full disk (ENOSPC, EDQUOT) inside the block into DoesNotFit. `needed`: bytes that the block writes below `path`, if known."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path, needed, free_bytes(path)) from error
+        raise
+
+
+def _disk_full(path: Path, needed: int | None, free: int) -> DoesNotFit:
+    need = "" if needed is None else f"{needed / 1e9:.2f} GB are needed, "
+    hint = "Free some space (`qwen2-local ls` shows what is installed)."
+    return DoesNotFit(f"The disk is full at {path}: {need}{free / 1e9:.2f} GB are free.", hint=hint)
+
+
+# Locks
+
+
+@contextmanager
+def lock(path: Path, *, wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds the lock file `path` for the block: one process, one thread at a time. The file stays.
+
+    Waits up to `wait_s` seconds, after telling `on_wait` once who holds it ("process 123"); then raises UsageError that names the holder.
+    The system lets go of the lock when its process ends, however it ends.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + wait_s
+        told = False
+        while not _try_lock(handle):
+            holder = _holder(handle)
+            if time.monotonic() >= deadline:
+                raise UsageError(f"{path.name} is in use by {holder}.", hint="Wait until it is done, or end it.")
+            if on_wait and not told:
+                on_wait(holder)
+                told = True
+            time.sleep(_LOCK_PAUSE)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _hold(handle: int) -> None:
+    # NFS cannot lock a folder. Then it is not locked, and `sweep`, which cannot lock it either, leaves it alone.
+    with suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _holder(handle: int) -> str:
+    number = os.pread(handle, 20, 0).decode("ascii", "replace").strip()
+    return f"process {number}" if number.isdigit() else "another process"
+
+
+# Whole files and folders
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `path`, mode 0600, so that a reader or a crash sees the old content or the new, never a part. Text is UTF-8.
+
+    Raises DoesNotFit on a full disk, OSError otherwise; the old file is then as before.
+    """
+    raw = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    with disk_errors(path, len(raw)):
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _hold(handle)
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(raw)
+            os.fsync(handle)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(handle)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """A folder to build `final` in: published by a rename when the block ends well, deleted when it does not.
+
+    Whoever lists finished folders by a manifest writes it as the last file of the block. Raises UsageError if `final` exists
+    (before the block, or because somebody else was faster), DoesNotFit on a full disk.
+    """
+    if final.exists():
+        raise UsageError(f"{final} exists.", hint=_EXISTS)
+    with disk_errors(final):
+        folder, handle = _claim(final.parent)
+        try:
+            yield folder
+            for file in folder.rglob("*"):
+                _sync(file)
+            _sync(folder)
+            try:
+                folder.rename(final)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise UsageError(f"{final} exists: another process made it meanwhile.", hint=_EXISTS) from error
+                raise
+            _sync_folder(final.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(handle)
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes `folder` so that it is there whole or not at all: renamed away first. What a crash leaves, `sweep` deletes."""
+    trash = folder.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    folder.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(parent: Path) -> int:
+    """Deletes the unfinished files and folders in `parent` whose makers are gone; how many. Never raises OSError."""
+    swept = 0
+    with suppress(OSError):
+        for leftover in list(parent.iterdir()):
+            if leftover.name.startswith(_UNFINISHED):
+                with suppress(OSError):
+                    swept += _sweep(leftover)
+    return swept
+
+
+def _sweep(leftover: Path) -> bool:
+    handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not _try_lock(handle):
+            return False
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+        return True
+    finally:
+        os.close(handle)
+
+
+def _claim(parent: Path) -> tuple[Path, int]:
+    """A new locked folder in `parent`, and the handle that holds its lock."""
+    while True:
+        folder = parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        folder.mkdir(mode=0o700)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # Swept between these two lines.
+        _hold(handle)
+        if folder.exists():
+            return folder, handle
+        os.close(handle)  # Swept before the lock.
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some file systems refuse to sync a folder; the rename is then as durable as they make it.
+    with suppress(OSError):
+        _sync(folder)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
