@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from qwen2_local.errors import BadFile, UnsupportedModel
 
@@ -61,7 +62,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 
     added: dict[int, str] = {}
     control: set[int] = set()
-    for entry in _list(root.get("added_tokens") or [], where, "added_tokens"):
+    for entry in _list(root.get("added_tokens", []), where, "added_tokens"):
         token = _mapping(entry, where, "added_tokens")
         number, content, special = token.get("id"), token.get("content"), token.get("special")
         if type(number) is not int or type(content) is not str or type(special) is not bool or number in added:
@@ -73,7 +74,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     vocab = _mapping(model.get("vocab"), where, "model.vocab")
     if not set(map(type, vocab.values())) <= {int}:
         raise BadFile(f"{where}: model.vocab holds ids that are no whole numbers.", hint=_FETCH_AGAIN)
-    base = {text: number for text, number in vocab.items() if isinstance(number, int)}
+    base = cast(dict[str, int], vocab)
     # Some writers repeat the added tokens here.
     for number, content in added.items():
         if base.get(content) == number:
