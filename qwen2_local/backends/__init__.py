@@ -1,0 +1,55 @@
+"""The backends: one thin module per library that computes. The engine, the loader and `doctor` come here; each library loads when used.
+
+A backend knows token ids, sequences and their KV (`base`). Adding one: a module with a function `load`, and a line below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import cast
+
+from qwen2_local.backends.base import Backend
+from qwen2_local.errors import BackendUnavailable
+
+_BACKENDS = {
+    # name: (the library it needs, our module)
+    "mlx": ("mlx", "qwen2_local.backends.mlx"),
+    "llama.cpp": ("llama_cpp", "qwen2_local.backends.llamacpp"),
+}
+
+NAMES = tuple(_BACKENDS)
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends whose library is installed. Imports none of them."""
+    return tuple(name for name, (library, _) in _BACKENDS.items() if importlib.util.find_spec(library) is not None)
+
+
+def default_backend() -> str:
+    """MLX on Apple silicon, else llama.cpp, else what there is. Raises BackendUnavailable if there is none."""
+    installed = available()
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    for name in ("mlx", "llama.cpp") if apple else ("llama.cpp", "mlx"):
+        if name in installed:
+            return name
+    if installed:
+        return installed[0]
+    raise BackendUnavailable("No backend is installed: neither MLX nor llama.cpp.", hint="Run `pip install --force-reinstall qwen2-local`.")
+
+
+def load(name: str, path: Path, *, context: int, sequences: int = 1) -> Backend:
+    """Load a model: a GGUF file for llama.cpp, an MLX folder for MLX.
+
+    context: the most tokens of one sequence. sequences: how many can be open at once.
+    Raises BackendUnavailable, BadFile, DoesNotFit, BackendError.
+    """
+    if name not in _BACKENDS:
+        raise BackendUnavailable(f"There is no backend named {name!r}.", hint=f"The backends are: {', '.join(NAMES)}.")
+    if name not in available():
+        extra = "qwen2-local[mlx]" if name == "mlx" else "llama-cpp-python"
+        raise BackendUnavailable(f"The backend {name} is not installed.", hint=f"Run `pip install '{extra}'`.")
+    return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, context=context, sequences=sequences))
