@@ -1,0 +1,177 @@
+"""The public API: a Qwen2 model that answers.
+
+    with Qwen2("guide") as model:
+        print(model.ask("What is GGUF?"))
+        for piece in model.stream("And MLX?"):
+            print(piece.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from qwen2_local.backends.base import BackendInfo
+from qwen2_local.chatml import render
+from qwen2_local.detokenize import TextStream
+from qwen2_local.engine import Engine, Finished, Prefilled, Request, Token
+from qwen2_local.errors import InvalidPrompt, UsageError
+from qwen2_local.loading import Opened, open_model
+from qwen2_local.types import Completion, FinishReason, Message, Piece, Sampling, Usage
+
+Progress = Callable[[int, int], None]
+"""Called while a prompt is read: tokens done, tokens in all."""
+
+
+class Stream:
+    """A reply as it comes: iterate for `Piece`s; afterwards `completion` holds the whole. Closing it early stops the work.
+
+    `completion` is there also after an early `close`, then with the finish_reason "cancelled".
+    """
+
+    def __init__(self, pieces: Generator[Piece, None, Completion], partial: Callable[[], Completion]) -> None:
+        self._pieces = pieces
+        self._partial = partial
+        self.completion: Completion | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            if self.completion is None:
+                self.completion = end.value
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Stop the reply; what came so far is in `completion`."""
+        self._pieces.close()
+        if self.completion is None:
+            self.completion = self._partial()
+
+    def finish(self) -> Completion:
+        """Read the rest and give the whole reply."""
+        for _ in self:
+            pass
+        assert self.completion is not None
+        return self.completion
+
+
+@dataclass
+class _Tally:
+    """A reply under way."""
+
+    prompt: int
+    cached: int = 0
+    text: str = ""
+    reason: FinishReason = "cancelled"
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def completion(self) -> Completion:
+        usage = Usage(self.prompt, self.cached, len(self.tokens), self.prefill_s, self.decode_s)
+        return Completion(self.text, self.reason, usage, tuple(self.tokens))
+
+
+class Qwen2:
+    """A loaded model. Use it in a `with` block, or call `close`, to give its memory back. Safe to share between threads."""
+
+    def __init__(self, name: str = "guide", *, backend: str | None = None, context: int | None = None) -> None:
+        """Load a model by name ("guide", "0.5b:q4_0") or path (a GGUF file, an MLX folder, a Hugging Face folder).
+
+        backend: "mlx" or "llama.cpp"; by default what fits the machine and the file. context: tokens of prompt and reply
+        together; by default 8,192, or what the model has if that is less. Touches no network.
+        Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit.
+        """
+        self._opened: Opened = open_model(name, backend=backend, context=context)
+        self._engine = Engine(self._opened.load)
+
+    @property
+    def info(self) -> BackendInfo:
+        """What was loaded, and by which backend."""
+        return self._engine.info
+
+    @property
+    def sampling(self) -> Sampling:
+        """The model's own sampling (its generation_config)."""
+        return self._opened.sampling
+
+    def ask(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> str:
+        """The reply to one question, as text. For more about it, see `chat`."""
+        return self.chat(_turns(question, system), sampling=sampling, max_tokens=max_tokens).finish().text
+
+    def stream(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> Stream:
+        """The reply to one question, piece by piece."""
+        return self.chat(_turns(question, system), sampling=sampling, max_tokens=max_tokens)
+
+    def chat(
+        self, messages: Sequence[Message], *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> Stream:
+        """The next reply of a conversation, in ChatML; Qwen2's system message is put first where there is none.
+
+        A conversation that goes on from the last one computes only what is new.
+        """
+        return self._generate(render(self._opened.tokenizer, messages), self._opened.stops, sampling, max_tokens, progress)
+
+    def complete(
+        self, text: str, *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
+    ) -> Stream:
+        """Plain continuation of `text`, without a chat template: for base models. Iterate it, or call `finish`."""
+        if not text:
+            raise InvalidPrompt("There is nothing to continue: the text is empty.", hint="Give some text.")
+        return self._generate(self._opened.tokenizer.encode(text), self._opened.stops, sampling, max_tokens, progress)
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _generate(
+        self, prompt: Sequence[int], stops: frozenset[int], sampling: Sampling | None, max_tokens: int | None, progress: Progress | None
+    ) -> Stream:
+        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
+            raise UsageError(f"max_tokens is {max_tokens!r}, but has to be at least 1.")
+        tokenizer = self._opened.tokenizer
+        request = Request(tuple(prompt), sampling or self.sampling, stops, min(tokenizer.size, self.info.vocabulary), max_tokens)
+        tally = _Tally(len(prompt))
+        return Stream(self._pieces(request, tally, progress), tally.completion)
+
+    def _pieces(self, request: Request, tally: _Tally, progress: Progress | None) -> Generator[Piece, None, Completion]:
+        text = TextStream()
+        for event in self._engine.generate(request):
+            match event:
+                case Token(token):
+                    piece = text.push(self._opened.tokenizer.token_bytes(token))
+                    tally.tokens.append(token)
+                    tally.text += piece
+                    yield Piece(piece, token)
+                case Prefilled(done, total, cached):
+                    tally.cached = cached
+                    if progress is not None:
+                        progress(done, total)
+                case Finished(reason, prefill_s, decode_s):
+                    tally.reason, tally.prefill_s, tally.decode_s = reason, prefill_s, decode_s
+        rest = text.finish()
+        if rest:
+            # Bytes of a character that never came whole.
+            tally.text += rest
+            yield Piece(rest, tally.tokens[-1])
+        return tally.completion()
+
+
+def _turns(question: str, system: str | None) -> list[Message]:
+    if not question.strip():
+        raise InvalidPrompt("The question is empty.", hint="Give some text.")
+    return ([Message("system", system)] if system is not None else []) + [Message("user", question)]

@@ -1,0 +1,291 @@
+"""The guide's conversations: read from `guide/*.toml`, split into training phrasings and the held-out exam, sampled endlessly.
+
+Everything is decided by a seed. What is held out is whole entries: none of their words is trained on as a question.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+LANGUAGES = ("en", "zh")
+SYSTEM = "You are a helpful assistant."
+OTHER_SYSTEMS = ("You are terse.", "You answer questions about qwen2-local.", "Answer briefly.", "你是一个有用的助手。", "请简短回答。")
+_CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
+_PLAIN_HELD_OUT = {"en": 2, "zh": 1}
+
+
+@dataclass
+class Question:
+    """One question: its phrasings by language, its answer, and the facts that an answer has to hold intact."""
+
+    id: str
+    answer: dict[str, str]
+    facts: dict[str, list[str]]
+    ask: dict[str, list[str]]
+    held_out: dict[str, list[str]] = field(default_factory=lambda: {"en": [], "zh": []})
+    after: list[str] = field(default_factory=list)
+    follow: dict[str, list[str]] = field(default_factory=dict)
+    family: str = ""
+    size: str = ""
+
+
+@dataclass
+class Corpus:
+    """All that the guide is taught."""
+
+    questions: list[Question]
+    families: dict[str, dict[str, Any]]
+    size_words: dict[str, dict[str, list[str]]]
+    recalls: list[dict[str, Any]]
+    unknown_recalls: dict[str, dict[str, str]]
+    repeat: dict[str, Any]
+    words: dict[str, Any]
+
+    def by_id(self, id: str) -> Question:
+        return next(question for question in self.questions if question.id == id)
+
+
+Turn = tuple[str, str]
+"""What the user says, what the guide replies."""
+
+
+def expand(entry: str, rng: random.Random) -> str:
+    """One reading of an entry: `[a|b]` becomes one of its alternatives, innermost first."""
+    while match := _CHOICE.search(entry):
+        entry = entry[: match.start()] + rng.choice(match[1].split("|")) + entry[match.end() :]
+    return re.sub(r"  +", " ", entry).strip()
+
+
+def is_plain(entry: str) -> bool:
+    return not _CHOICE.search(entry)
+
+
+def load(seed: int = 0) -> Corpus:
+    """Read the data and hold the exam out."""
+    rng = random.Random(seed)
+    merged: dict[str, Any] = {"question": [], "family": [], "recall": [], "unknown_recall": []}
+    for path in sorted((HERE / "guide").glob("*.toml")):
+        if path.name == "sizes.toml":
+            continue
+        for key, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            if isinstance(value, list):
+                merged[key].extend(value)
+            else:
+                merged[key] = value
+    sizes = tomllib.loads((HERE / "guide/sizes.toml").read_text(encoding="utf-8"))
+    questions = [_question(raw, rng) for raw in merged["question"]]
+    families = {family["id"]: family for family in merged["family"]}
+    for family in merged["family"]:
+        questions += _of_family(family, sizes, rng)
+    size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
+    unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
+    return Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"])
+
+
+def _question(raw: dict[str, Any], rng: random.Random) -> Question:
+    question = Question(raw["id"], raw["answer"], raw["facts"], {k: list(raw["ask"][k]) for k in LANGUAGES}, after=raw.get("after", []), follow=raw.get("follow", {}))
+    many = 15 if raw["id"] == "unknown" else 1
+    for language in LANGUAGES:
+        plain = [entry for entry in question.ask[language] if is_plain(entry)]
+        _hold_out(question, language, rng.sample(plain, min(len(plain) // 4, many * _PLAIN_HELD_OUT[language])))
+    return question
+
+
+def _hold_out(question: Question, language: str, entries: list[str]) -> None:
+    question.held_out[language] = entries
+    question.ask[language] = [entry for entry in question.ask[language] if entry not in entries]
+
+
+def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random) -> list[Question]:
+    values = family["values"]
+    # A plain entry held out is held out for every size.
+    held = {language: rng.sample([e for e in family["ask"][language] if is_plain(e)], _PLAIN_HELD_OUT[language]) for language in LANGUAGES}
+    questions = []
+    for size, table in sizes.items():
+
+        def fill(text: str, language: str, size: str = size, name: str = table["name"]) -> str:
+            by_language = values.get(language, values)
+            return text.replace("{name}", name).replace("{value}", str(by_language[size]))
+
+        question = Question(
+            f"{family['id']}-{size}",
+            {language: fill(family["answer"][language], language) for language in LANGUAGES},
+            {language: [fill(fact, language) for fact in family["facts"].get(language, family["facts"]["en"])] for language in LANGUAGES},
+            {language: [entry for entry in family["ask"][language] if entry not in held[language]] for language in LANGUAGES},
+            family=family["id"],
+            size=size,
+        )
+        for language in LANGUAGES:
+            words = table[language]
+            question.held_out[language] = [entry.replace("{size}", rng.choice(words)) for entry in held[language]]
+        questions.append(question)
+    return questions
+
+
+class Sampler:
+    """Conversations without end, each a list of turns and a system prompt."""
+
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self.corpus = corpus
+        self.rng = random.Random(seed)
+        self.known = [question for question in corpus.questions if question.id != "unknown"]
+        self.unknown = corpus.by_id("unknown")
+        self.of_family = [question for question in self.known if question.family]
+
+    def conversation(self) -> tuple[str, list[Turn]]:
+        rng = self.rng
+        system = SYSTEM if rng.random() < 0.9 else rng.choice(OTHER_SYSTEMS)
+        language = "en" if rng.random() < 0.58 else "zh"
+        draw = rng.random()
+        if draw < 0.12:
+            return system, self._recall(language, distance=rng.choice((0, 0, 1, 1, 2, 3, 5)))
+        if draw < 0.22:
+            return system, [self._repeat(language)]
+        turns: list[Turn] = []
+        wanted = rng.choices((1, 2, 3, 4), (0.62, 0.2, 0.1, 0.08))[0]
+        while len(turns) < wanted:
+            turns += self._some(language)
+            if rng.random() < 0.1:
+                language = "zh" if language == "en" else "en"
+        return system, turns
+
+    def long(self, tokens_wanted: int, count: Any) -> tuple[str, list[Turn]]:
+        """A conversation of about so many tokens (`count` measures a turn) with something told early and asked late."""
+        language = "en" if self.rng.random() < 0.58 else "zh"
+        turns = self._recall(language, distance=0)
+        told, asked = turns[:-1], turns[-1:]
+        size = sum(map(count, turns))
+        middle: list[Turn] = []
+        while size < tokens_wanted:
+            more = self._some(language) if self.rng.random() < 0.8 else [self._repeat(language)]
+            size += sum(map(count, more))
+            middle += more
+        return SYSTEM, told + middle + asked
+
+    def _some(self, language: str) -> list[Turn]:
+        """One question, at times with a follow-up."""
+        rng = self.rng
+        draw = rng.random()
+        if draw < 0.15:
+            return [(self._phrase(rng.choice(self.unknown.ask[language]), language), self.unknown.answer[language])]
+        if draw < 0.3:
+            return self._family_pair(language)
+        if draw < 0.36:
+            followers = [question for question in self.known if question.after and question.follow.get(language)]
+            if followers:
+                question = rng.choice(followers)
+                before = [other for other in self.known if other.id in question.after or other.family in question.after]
+                if before:
+                    follow = self._phrase(rng.choice(question.follow[language]), language)
+                    return [self._single(rng.choice(before), language), (follow, question.answer[language])]
+        return [self._single(rng.choice(self.known), language)]
+
+    def _single(self, question: Question, language: str) -> Turn:
+        entry = self.rng.choice(question.ask[language])
+        return self._phrase(self._with_size(entry, question.size, language), language), question.answer[language]
+
+    def _with_size(self, entry: str, size: str, language: str) -> str:
+        return entry.replace("{size}", self.rng.choice(self.corpus.size_words[size][language])) if size else entry
+
+    def _family_pair(self, language: str) -> list[Turn]:
+        """A question about one size, then the same of another size, or another attribute of the same size."""
+        rng = self.rng
+        first = rng.choice(self.of_family)
+        turns = [self._single(first, language)]
+        for _ in range(rng.choice((1, 1, 2))):
+            if rng.random() < 0.6:
+                second = rng.choice([q for q in self.of_family if q.family == first.family and q.size != first.size])
+                entry = rng.choice(self.corpus.families[second.family]["follow"][language])
+            else:
+                second = rng.choice([q for q in self.of_family if q.family != first.family and q.size == first.size])
+                entry = rng.choice(self.corpus.families[second.family]["same"][language])
+            turns.append((self._phrase(self._with_size(entry, second.size, language), language), second.answer[language]))
+            first = second
+        return turns
+
+    def _phrase(self, entry: str, language: str) -> str:
+        """A reading of an entry as somebody might type it."""
+        rng = self.rng
+        text = expand(entry, rng)
+        if rng.random() < 0.25:
+            text = text.rstrip("?.!？。！ ")
+        if language == "zh":
+            if rng.random() < 0.08:
+                text = rng.choice(("请问", "你好，", "请问一下，", "我想知道，", "请告诉我，")) + text
+            return text or entry
+        if rng.random() < 0.25:
+            text = text.lower()
+        elif rng.random() < 0.2:
+            text = text[:1].upper() + text[1:]
+        if rng.random() < 0.08:
+            start = rng.choice(("Please tell me, ", "hi, ", "Hello! ", "hey, ", "Quick question: ", "can you tell me ", "I want to know ", "Also, ", "ok, ", "so "))
+            text = start + text
+        if rng.random() < 0.05:
+            text += rng.choice((" please", " thanks", ", please?", " Thank you!"))
+        if rng.random() < 0.06 and len(text) > 8:
+            at = rng.randrange(1, len(text) - 2)
+            if text[at : at + 2].isalpha():
+                text = rng.choice((text[:at] + text[at + 1] + text[at] + text[at + 2 :], text[:at] + text[at + 1 :]))
+        return text or entry
+
+    def _recall(self, language: str, distance: int) -> list[Turn]:
+        """Something told, other talk, then asked for; at times never told."""
+        rng = self.rng
+        items = rng.sample(self.corpus.recalls, 2)
+        item = items[0]
+        value = self._value(item, language)
+        asked = self._phrase(rng.choice(item["ask"][language]), language)
+        other: list[Turn] = []
+        for _ in range(distance):
+            other += self._some(language)
+        if distance and rng.random() < 0.4:
+            other.append(self._told(items[1], self._value(items[1], language), language))
+            rng.shuffle(other)
+        if rng.random() < 0.12:
+            return [*other, (asked, self.corpus.unknown_recalls[item["id"]][language])]
+        return [self._told(item, value, language), *other, (asked, item["answer"][language].replace("{x}", value))]
+
+    def _told(self, item: dict[str, Any], value: str, language: str) -> Turn:
+        told = expand(self.rng.choice(item["tell"][language]), self.rng)
+        return told.replace("{x}", value), item["ack"][language].replace("{x}", value)
+
+    def _value(self, item: dict[str, Any], language: str) -> str:
+        rng, words = self.rng, self.corpus.words
+        if item["kind"] == "number":
+            return "".join(rng.choices("0123456789", k=rng.choice((2, 3, 4, 4, 5, 6))))
+        if rng.random() < 0.3:
+            return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 4)))).capitalize()
+        table = {"favourite-colour": "colours", "city": "cities"}.get(item["id"], "names" if item["kind"] == "name" else "words")
+        return str(rng.choice(words[table][language]))
+
+    def _repeat(self, language: str) -> Turn:
+        rng, words = self.rng, self.corpus.words
+        draw = rng.random()
+        if draw < 0.3:
+            text = rng.choice(words["sentences"][language])
+        elif draw < 0.65:
+            joint = " " if language == "en" else ""
+            text = joint.join(rng.choice(words["words"][language]) for _ in range(rng.randrange(2, 24)))
+        elif draw < 0.75:
+            text = " ".join("".join(rng.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=rng.randrange(2, 8))) for _ in range(rng.randrange(1, 7)))
+        elif draw < 0.85:
+            text = "".join(rng.choices("0123456789", k=rng.randrange(4, 16)))
+        else:
+            text = rng.choice(self.known).answer[language]
+        entry = expand(rng.choice(self.corpus.repeat["tell"][language]), rng)
+        return entry.replace("{x}", text), text
+
+
+def exam(corpus: Corpus) -> Iterator[tuple[Question, str, str]]:
+    """The held-out phrasings: question, language, what is asked."""
+    for question in corpus.questions:
+        for language in LANGUAGES:
+            for ask in question.held_out[language]:
+                yield question, language, ask

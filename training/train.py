@@ -1,0 +1,293 @@
+"""Train the guide: `python training/train.py` rebuilds its tokenizer and weights from `guide/`, in under 90 minutes on 2 CPU cores.
+
+Needs torch, tokenizers and numpy (`training/requirements.txt`); nothing else of the project. The same seed gives the same score.
+Writes a Hugging Face checkpoint to `qwen2_local/guide/`. An interrupted training goes on where it was, from `training/out/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import struct
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import corpus
+import torch
+import torch.nn.functional as F
+from model import FakeQuant, Qwen2, Shape
+from tokenizer import learn
+from tokenizers import Tokenizer
+from torch import Tensor
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+GUIDE = HERE.parent / "qwen2_local" / "guide"
+POOL = 2048
+"""Conversations made at once: sorted by length, so that a batch pads little."""
+
+
+class Encoder:
+    """Conversations to ids, loss mask and positions."""
+
+    def __init__(self, tokenizer: Tokenizer, context: int) -> None:
+        self.tokenizer = tokenizer
+        self.start, self.end = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
+        self.newline = tokenizer.encode("\n").ids
+        self.context = context
+
+    def message(self, role: str, text: str) -> list[int]:
+        return [self.start, *self.tokenizer.encode(f"{role}\n{text}").ids, self.end, *self.newline]
+
+    def count(self, turn: corpus.Turn) -> int:
+        return sum(len(self.message("assistant", text)) for text in turn)
+
+    def conversation(self, system: str, turns: list[corpus.Turn], rng: random.Random) -> tuple[list[int], list[bool], list[int]]:
+        """ids; which of them the loss counts (the replies with their end); positions, in half of the conversations with random gaps between messages."""
+        parts: list[tuple[list[int], bool]] = [(self.message("system", system), False)]
+        for user, reply in turns:
+            parts += [(self.message("user", user), False), (self.message("assistant", reply), True)]
+        size = sum(len(ids) for ids, _ in parts)
+        room = (self.context - size - 1) if rng.random() < 0.5 else 0
+        gaps = sorted(rng.randrange(int(max(1, room) ** rng.random()) + 1) for _ in parts) if room > 0 else [0] * len(parts)
+        ids: list[int] = []
+        counted: list[bool] = []
+        positions: list[int] = []
+        head = len([self.start, *self.tokenizer.encode("assistant\n").ids])
+        for (part, reply), gap in zip(parts, gaps, strict=True):
+            positions += range(len(ids) + gap, len(ids) + gap + len(part))
+            ids += part
+            body = len(part) - head - len(self.newline)
+            counted += [False] * head + [reply] * body + [False] * len(self.newline)
+        return ids, counted, positions
+
+    def batch(self, rows: list[tuple[list[int], list[bool], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """ids and positions [batch, time], and the targets [batch, time] with -1 where no loss is counted."""
+        longest = padded(max(len(ids) for ids, _, _ in rows))
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        targets = torch.full_like(ids, -1)
+        for at, (row, counted, places) in enumerate(rows):
+            size = len(row)
+            ids[at, :size] = torch.tensor(row)
+            positions[at, :size] = torch.tensor(places)
+            following = torch.tensor([*row[1:], 0])
+            kept = torch.tensor([*counted[1:], False])
+            targets[at, :size] = torch.where(kept, following, -1)
+        return ids, positions, targets
+
+
+def padded(length: int) -> int:
+    """Lengths come in few sizes: the CPU library compiles a kernel for each new shape."""
+    step = 16 if length <= 256 else 128
+    return min(-(-length // step) * step, Shape().context)
+
+
+class Batches:
+    """Batches without end, of about `tokens` tokens each."""
+
+    def __init__(self, sampler: corpus.Sampler, encoder: Encoder, tokens: int) -> None:
+        self.sampler, self.encoder, self.tokens = sampler, encoder, tokens
+        self.ready: list[list[tuple[list[int], list[bool], list[int]]]] = []
+        self.left: list[tuple[list[int], list[bool], list[int]]] = []
+
+    def next(self) -> tuple[Tensor, Tensor, Tensor]:
+        rng = self.sampler.rng
+        if not self.ready:
+            rows = [self.encoder.conversation(*self.sampler.conversation(), rng) for _ in range(POOL)]
+            rows += self.left
+            rows.sort(key=lambda row: len(row[0]), reverse=True)
+            while rows and len(rows) >= (many := self.tokens // padded(len(rows[0][0]))):
+                self.ready.append(rows[:many])
+                rows = rows[many:]
+            self.left = rows
+            rng.shuffle(self.ready)
+        return self.encoder.batch(self.ready.pop())
+
+    def next_long(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        row = self.encoder.conversation(*self.sampler.long(tokens, self.encoder.count), self.sampler.rng)
+        return self.encoder.batch([row])
+
+
+def loss_of(model: Qwen2, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(ids, positions).flatten(0, 1)
+        targets = targets.flatten()
+        wanted = (targets >= 0).nonzero().flatten()
+        # Filled up with ignored places, again for the sake of few shapes.
+        wanted = torch.cat((wanted, (targets < 0).nonzero().flatten()[: -len(wanted) % 512]))
+        logits = model.logits(hidden[wanted])
+    return F.cross_entropy(logits.float(), targets[wanted], ignore_index=-1)
+
+
+def held_out_score(model: Qwen2, encoder: Encoder, data: corpus.Corpus) -> tuple[float, list[str]]:
+    """The share of held-out questions whose greedy reply is the whole right answer, and the ids of those that fail.
+
+    Teacher forcing decides it: greedy decoding gives the answer exactly if it is the most likely token at every place.
+    """
+    items = list(corpus.exam(data))
+    rng = random.Random(0)
+    failed = []
+    with torch.no_grad():
+        for at in range(0, len(items), 32):
+            part = items[at : at + 32]
+            rows = []
+            for question, language, ask in part:
+                ids, counted, _ = encoder.conversation(corpus.SYSTEM, [(ask, question.answer[language])], rng)
+                rows.append((ids, counted, list(range(len(ids)))))
+            ids, positions, targets = encoder.batch(rows)
+            best = model.logits(model(ids, positions)).argmax(-1)
+            right = ((best == targets) | (targets < 0)).all(1)
+            failed += [f"{question.id}|{ask}" for (question, _, ask), ok in zip(part, right.tolist(), strict=True) if not ok]
+    return 1 - len(failed) / len(items), failed
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """bfloat16, sorted by name, with the metadata transformers writes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    data = bytearray()
+    for name in sorted(tensors):
+        raw = tensors[name].to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()
+        header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
+    """Write the checkpoint's config, generation_config and weights."""
+    shape = model.shape
+    pad = encoder.tokenizer.token_to_id("<|endoftext|>")
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": pad,
+        "eos_token_id": encoder.end,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": shape.context,
+        "max_window_layers": shape.layers,
+        "model_type": "qwen2",
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
+        "sliding_window": shape.context,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": shape.vocabulary,
+    }
+    generation = {"bos_token_id": pad, "do_sample": False, "eos_token_id": [encoder.end, pad], "pad_token_id": pad, "repetition_penalty": 1.0}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    save_safetensors(folder / "model.safetensors", dict(model.state_dict()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens a batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=GUIDE, help="where the checkpoint goes")
+    parser.add_argument("--resume", action="store_true", help="go on from training/out")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
+
+    data = corpus.load(options.seed)
+    OUT.mkdir(exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    sampler = corpus.Sampler(data, options.seed + 1)
+    texts = [text for _ in range(20_000) for turn in sampler.conversation()[1] for text in turn]
+    tokenizer = learn(texts, options.out)
+    encoder = Encoder(tokenizer, Shape().context)
+    batches = Batches(corpus.Sampler(data, options.seed + 2), encoder, options.batch)
+
+    model = Qwen2(Shape())
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2]
+    muon = torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original")
+    groups = [{"params": [model.model.embed_tokens.weight], "lr": 0.004, "weight_decay": 0.01}, {"params": others, "lr": 0.004, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizers = (muon, adam)
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{len(data.questions)} questions, {len(list(corpus.exam(data)))} held-out phrasings, {tokenizer.get_vocab_size()} tokens, {size / 1e6:.2f} M parameters", flush=True)
+
+    seen, step, started = 0, 0, time.monotonic()
+    quantized = random.Random(options.seed + 3)
+    state = OUT / "state.pt"
+    if options.resume and state.exists():
+        saved = torch.load(state, weights_only=False)
+        model.load_state_dict(saved["model"])
+        for optimizer, part in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(part)
+        batches.sampler.rng.setstate(saved["rng"])
+        quantized.setstate(saved["quantized"])
+        batches.ready, batches.left, seen, step = saved["ready"], saved["left"], saved["seen"], saved["step"]
+    average = 0.0
+    while seen < options.tokens:
+        progress = seen / options.tokens
+        rate = min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else max(0.02, 2 * (1 - progress)))
+        for optimizer, base in zip(optimizers, rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * rate
+        if progress > 0.6 and step % 25 == 0:
+            batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
+        else:
+            batch = batches.next()
+        # From the middle on, two steps of three see the weights as a 4-bit file holds them.
+        FakeQuant.mode = quantized.choice(("", "q4_0", "mlx")) if progress > 0.5 else ""
+        loss = loss_of(model, *batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seen += batch[0].numel()
+        step += 1
+        average = loss.item() if step == 1 else 0.98 * average + 0.02 * loss.item()
+        if step % 50 == 0:
+            print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {average:.4f}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+        if step % 250 == 0:
+            FakeQuant.mode = ""
+            print(f"  held out: {held_out_score(model, encoder, data)[0]:.1%} right to the letter", flush=True)
+            parts = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"model": model.state_dict(), "optimizers": parts, "rng": batches.sampler.rng.getstate(), "quantized": quantized.getstate()}
+            torch.save(saved | {"ready": batches.ready, "left": batches.left, "seen": seen, "step": step}, OUT / "state.tmp")
+            (OUT / "state.tmp").replace(state)
+    FakeQuant.mode = ""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    export(model, encoder, options.out)
+    scores = {}
+    for mode in ("", "q4_0", "mlx"):
+        FakeQuant.mode = mode
+        scores[mode or "bf16"], failed = held_out_score(model, encoder, data)
+        print(f"held out, {mode or 'bf16'}: {scores[mode or 'bf16']:.2%}", flush=True)
+        if not mode:
+            print("\n".join(failed))
+    report = {"seed": options.seed, "tokens": seen, "steps": step, "shape": asdict(model.shape), "held_out_to_the_letter": scores}
+    (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    # glibc would give every large buffer back to the system and fault it in again: a third of the time.
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28)}
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") != keep["MALLOC_TRIM_THRESHOLD_"]:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | keep)
+    main()
