@@ -23,7 +23,7 @@ import numpy as np
 
 from qwen2_local import cpu, paths
 from qwen2_local.backends import llamalib, tinygguf
-from qwen2_local.errors import BackendUnavailable
+from qwen2_local.errors import BackendUnavailable, Qwen2LocalError
 
 _log = logging.getLogger("qwen2_local.selftest")
 
@@ -72,7 +72,7 @@ def verdict(*, again: bool = False) -> Verdict:
     known = None if again else _this_process.get(build) or _recall(build)
     found = known or _test()
     _this_process[build] = found
-    if known is None and (not found.safe or found.fault in _CRASHES):
+    if known is None and found.tokens_per_s and (not found.safe or found.fault in _CRASHES):
         _remember(build, found)
     return found
 
@@ -98,12 +98,11 @@ def _recall(build: str) -> Verdict | None:
 
 
 def _remember(build: str, found: Verdict) -> None:
-    final = paths.home() / "selftest.json"
-    aside = final.with_name(f".qwen2-selftest-{os.getpid()}")
+    from qwen2_local import files
+
     try:
-        aside.write_text(json.dumps({"build": build, **asdict(found)}), "utf-8")
-        aside.replace(final)
-    except OSError as error:
+        files.write_atomic(paths.home() / "selftest.json", json.dumps({"build": build, **asdict(found)}))
+    except (OSError, Qwen2LocalError) as error:
         _log.info("The self-test's verdict is not kept: %s", error)
 
 
