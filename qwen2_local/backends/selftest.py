@@ -118,7 +118,7 @@ def _test() -> Verdict:
     except subprocess.TimeoutExpired as error:
         said, fault, trace = error.stdout or b"", f"no answer in {_TIME_LIMIT_S} s", ""
     except OSError as error:  # a place where no process may be started: then it has to be tried in this one
-        _log.warning("The self-test could not start: %s", error)
+        _log.info("The self-test could not start: %s", error)
         return Verdict(safe=False)
     else:
         said, fault, trace = ran.stdout, _fault(ran.returncode), ran.stderr.decode("utf-8", "replace").strip()
@@ -126,7 +126,7 @@ def _test() -> Verdict:
     if not fault and "fast" in words:
         return Verdict(safe=False, tokens_per_s=float(words[-1]))
     if "safe" in words:
-        _log.warning("llama.cpp's fast matrix code failed its self-test (%s)", fault)
+        _log.info("llama.cpp's fast matrix code failed its self-test (%s)", fault)
         return Verdict(safe=True, fault=fault, tokens_per_s=float(words[words.index("safe") + 1]))
     raise BackendUnavailable(
         f"llama.cpp does not work on this machine: its self-test failed ({fault}). {trace[-500:]}".rstrip(),
