@@ -131,7 +131,8 @@ class _Cursor:
         return start
 
     def number(self, code: str) -> int:
-        value: int = struct.unpack_from(code, self.buffer, self.need(struct.calcsize(code)))[0]
+        start = self.need(struct.calcsize(code))
+        value: int = struct.unpack_from(code, self.buffer, start)[0]
         return value
 
     def count(self, what: str, most: int) -> int:

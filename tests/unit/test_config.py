@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen2_local.errors import UnsupportedModel
+from qwen2_local.formats.config import MlxQuantization, Yarn, parse_config, read_config
+from tests.support.checkpoints import CONFIG, MOE_CONFIG
+
+PATH = Path("config.json")
+
+
+def parse(**changes):
+    raw = CONFIG | changes
+    return parse_config({key: value for key, value in raw.items() if value != "absent"}, PATH)
+
+
+def test_a_dense_config():
+    config = parse()
+    assert (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim) == (64, 2, 4, 2, 16)
+    assert (config.vocabulary, config.intermediate, config.context) == (300, 128, 256)
+    assert (config.rope_theta, config.rms_eps, config.tied, config.eos) == (1e6, 1e-6, True, (1,))
+    assert config.kv_values_per_token == 2 * 2 * 2 * 16
+    assert config.yarn is config.moe is config.quantization is None
+
+
+def test_a_mixture_of_experts():
+    config = parse_config(MOE_CONFIG, PATH)
+    assert config.moe is not None
+    assert (config.moe.experts, config.moe.experts_per_token, config.moe.expert_size, config.moe.shared_size) == (4, 2, 32, 96)
+    assert not config.moe.normalize
+
+
+def test_sliding_window_is_ignored_when_off():
+    assert parse(sliding_window="what?").context == 256
+
+
+def test_rope_of_transformers_5():
+    config = parse(rope_theta="absent", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    assert (config.rope_theta, config.yarn) == (5e5, None)
+    parameters = {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    assert parse(rope_theta="absent", rope_parameters=parameters).yarn == Yarn(4.0, 256)
+
+
+def test_yarn_of_transformers_4_lengthens_the_context():
+    config = parse(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256})
+    assert (config.yarn, config.context) == (Yarn(4.0, 256), 1024)
+    assert parse(rope_scaling={"rope_type": "yarn", "factor": 2}).yarn == Yarn(2.0, 256)
+    assert parse(rope_scaling=None).yarn is None
+
+
+def test_eos_may_be_one_many_or_none():
+    assert parse(eos_token_id=[1, 2]).eos == (1, 2)
+    assert parse(eos_token_id=None).eos == ()
+
+
+def test_mlx_quantization_with_exceptions():
+    exceptions = {"lm_head": {"bits": 8, "group_size": 32}, "model.embed_tokens": False}
+    config = parse(quantization={"group_size": 64, "bits": 4, **exceptions})
+    assert config.quantization == MlxQuantization(4, 64)
+    assert config.quantized == {"lm_head": MlxQuantization(8, 32), "model.embed_tokens": None}
+    assert parse(quantization={"group_size": None, "bits": 4}).quantization == MlxQuantization(4, 64)
+    assert parse(quantization_config={"group_size": 32, "bits": 4, "mode": "mxfp4"}).quantization == MlxQuantization(4, 32, "mxfp4")
+
+
+def test_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    assert read_config(path) == parse()
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5", "R1-Distill-Qwen"])
+def test_relatives_pass_by_their_architecture(family):
+    assert parse(_name_or_path=family, hidden_size=128, num_attention_heads=8).hidden == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model type 'llama'"),
+        ({"model_type": "qwen2_vl"}, "model type"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures"),
+        ({"architectures": []}, "architectures"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_qwen.Qwen2ForCausalLM"}}, "code of its own"),
+        ({"model_file": "evil.py"}, "code of its own"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "sliding window"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by gptq"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        ({"rope_scaling": {"type": "mrope"}}, "mrope"),
+        ({"head_dim": 32}, "head_dim"),
+    ],
+)
+def test_sound_models_that_are_not_run_here(changes, message):
+    with pytest.raises(UnsupportedModel, match=message):
+        parse(**changes)
