@@ -98,7 +98,13 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         repeat = s.heads // s.kv_heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if time > 512:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            # On a CPU the fused kernel's backward is slow for short sequences.
+            future = torch.ones(time, time, dtype=torch.bool).triu(1)
+            scores = (q @ k.transpose(-1, -2)).float() * s.head_dim**-0.5
+            out = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, s.hidden))
 
 

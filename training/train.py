@@ -197,7 +197,7 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on")
-    parser.add_argument("--batch", type=int, default=8192, help="tokens a batch")
+    parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=GUIDE, help="where the checkpoint goes")
@@ -241,7 +241,7 @@ def main() -> None:
     average = 0.0
     while seen < options.tokens:
         progress = seen / options.tokens
-        rate = min(1.0, (step + 1) / 100) * (1.0 if progress < 0.5 else max(0.02, 2 * (1 - progress)))
+        rate = min(1.0, (step + 1) / 60) * (1.0 if progress < 0.5 else max(0.02, 2 * (1 - progress)))
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate

@@ -1,0 +1,97 @@
+"""The command line. `main` is the one exception boundary: it turns every error into one message and a documented exit code.
+
+Commands live in modules of their own, imported when called, so that `--help` and `--version` stay fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from qwen2_local import __version__
+from qwen2_local.errors import Qwen2LocalError
+
+_COMMANDS = {
+    # name: (module in this folder, help in one line)
+    "run": ("run", "Answer one prompt."),
+    "chat": ("chat", "Talk with a model, line by line."),
+    "ls": ("models", "List the models on this computer."),
+    "show": ("models", "Show what is known of a model."),
+    "rm": ("models", "Delete an installed model."),
+    "convert": ("convert", "Convert a Hugging Face folder to GGUF or MLX."),
+    "doctor": ("doctor", "Check this machine, and say how to be faster."),
+    "completion": ("completion", "Print shell completion for bash, zsh or fish."),
+}
+EXIT_CODES = """\b
+Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model · 3 bad or damaged file · 4 backend missing or failed ·
+5 does not fit (memory, disk, context) · 130 stopped by Ctrl-C · 141 the reader of the output went away"""
+
+
+class _Commands(click.Group):
+    """Knows the commands' names and one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"qwen2_local.cli.{_COMMANDS[cmd_name][0]}")
+        command = getattr(module, cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="qwen2-local")
+@click.pass_context
+def qwen2_local(context: click.Context) -> None:
+    """Run Qwen2 language models on this computer, offline and private.
+
+    Without a command: a chat on a terminal; otherwise the built-in guide answers what comes on stdin.
+    """
+    if context.invoked_subcommand is None:
+        terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        command = qwen2_local.get_command(context, "chat" if terminal else "run")
+        assert command is not None
+        context.invoke(command)
+
+
+def main() -> None:
+    """The console scripts' entry point. Never returns."""
+    try:
+        qwen2_local.main(standalone_mode=False, prog_name="qwen2-local")
+        code = 0
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        # Nobody reads on: the interpreter must not try to flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Qwen2LocalError as error:
+        _complain(str(error))
+        code = error.exit_code
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except Exception as error:
+        if os.environ.get("QWEN2_LOCAL_DEBUG"):
+            raise
+        _complain(f"{type(error).__name__}: {error}\n  This is a bug. QWEN2_LOCAL_DEBUG=1 shows where; please report it with what `qwen2-local doctor` says.")
+        code = 1
+    sys.exit(code)
+
+
+def _complain(text: str) -> None:
+    from qwen2_local.sanitize import clean
+
+    print(f"error: {clean(text)}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""What commands write: replies to stdout, everything else to stderr. Terminals get sanitised text, pipes the exact text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from qwen2_local.sanitize import clean, clean_line
+
+
+class Status:
+    """One line on stderr about work that takes over a second; gone when the work is done. Silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._shown = ""
+        self._live = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._live and time.monotonic() - self._started > 1.0:
+            line = clean_line(text)
+            print(f"\r{line:<{len(self._shown)}}", end="", file=sys.stderr, flush=True)
+            self._shown = line
+
+    def prefill(self, done: int, total: int) -> None:
+        """Progress of reading a prompt, in tokens."""
+        spent = time.monotonic() - self._started
+        left = f" · {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+        self.show(f"reading {done:,} of {total:,} tokens{left}")
+        if done == total:
+            self.clear()
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            print("\r" + " " * len(self._shown) + "\r", end="", file=sys.stderr, flush=True)
+            self._shown = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.clear()
+
+
+def reply(text: str) -> None:
+    """A piece of a reply, at once."""
+    if text:
+        sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
+def table(rows: list[tuple[str, ...]]) -> None:
+    """Columns, the first row being the head."""
+    cells = [tuple(clean_line(cell) for cell in row) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people say them: "4.68 GB", "12 MB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
