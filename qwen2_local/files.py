@@ -104,8 +104,8 @@ def _disk_full(path: Path, needed: int | None, free: int) -> DoesNotFit:
 
 
 @contextmanager
-def lock(path: Path, *, wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds the lock file `path` for the block: one process, one thread at a time. The file stays.
+def lock(path: Path, *, what: str = "", wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Holds the lock file `path` for the block: one process, one thread at a time. The file stays. `what` it guards is for the message.
 
     Waits up to `wait_s` seconds, after telling `on_wait` once who holds it ("process 123"); then raises UsageError that names the holder.
     The system lets go of the lock when its process ends, however it ends.
@@ -117,7 +117,7 @@ def lock(path: Path, *, wait_s: float = 0.0, on_wait: Callable[[str], None] | No
         while not _try_lock(handle):
             holder = _holder(handle)
             if time.monotonic() >= deadline:
-                raise UsageError(f"{path.name} is in use by {holder}.", hint="Wait until it is done, or end it.")
+                raise UsageError(f"{what or path.name} is in use by {holder}.", hint="Wait until it is done, or end it.")
             if on_wait and not told:
                 on_wait(holder)
                 told = True
