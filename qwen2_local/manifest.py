@@ -75,6 +75,8 @@ class Manifest:
         kind = _field(raw, "format", str, path)
         if kind not in ("gguf", "mlx"):
             raise _bad(path, "format", f"{kind[:40]!r} is neither gguf nor mlx")
+        if kind == "gguf" and not any(file.name.endswith(".gguf") for file in listed):
+            raise _bad(path, "files", "there is no GGUF file among them")
         context = _field(raw, "context", int, path)
         if not 1 <= context <= 1 << 24:
             raise _bad(path, "context", f"{context} is no number of tokens")

@@ -8,6 +8,7 @@ What has no manifest is no model: it is never listed, and swept at the next star
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class Store:
         folder = self._folder(name)
         if not _is_model(folder):
             raise UnknownModel(f'no model is called "{name}".', hint="See `qwen2-local ls`.")
-        manifest = Manifest.read(folder / _MANIFEST)
+        manifest = _read(folder, name)
         for file in manifest.files:
             path = files.inside(folder, folder / file.name)
             size = path.stat().st_size if path.is_file() else 0
@@ -113,7 +114,7 @@ class Store:
     def _open(self, folder: Path) -> Installed:
         name = folder.name.replace("@", ":")
         try:
-            return Installed(name, folder, Manifest.read(folder / _MANIFEST))
+            return Installed(name, folder, _read(folder, name))
         except UnsupportedModel:
             return Installed(name, folder, None, "made by a newer version")
         except BadFile:
@@ -123,6 +124,13 @@ class Store:
         if not paths.writable(self.folder):
             hint = "Check its permissions, or set QWEN2_LOCAL_HOME to another folder."
             raise UsageError(f"{self.folder} cannot be written.", hint=hint)
+
+
+def _read(folder: Path, name: str) -> Manifest:
+    manifest = Manifest.read(folder / _MANIFEST)
+    if manifest.name != name:
+        raise BadFile(f"{folder / _MANIFEST} is of another model, {manifest.name[:100]!r}.", hint=f"`qwen2-local rm {name}`, then get it again.")
+    return manifest
 
 
 def _is_model(folder: Path) -> bool:
@@ -163,10 +171,15 @@ def resolve(name: str, store: Store | None = None) -> ModelRef:
         installed = _installed(name.lower(), store or Store())
         if installed:
             return installed
-    if path.is_file():
-        return _file_ref(path)
-    if path.is_dir():
-        return _folder_ref(path)
+    try:
+        if path.is_file():
+            return _file_ref(path)
+        if path.is_dir():
+            return _folder_ref(path)
+    except OSError as error:
+        # A whole prompt in the place of the name is no file.
+        if error.errno != errno.ENAMETOOLONG:
+            raise BadFile(f"{path} cannot be read: {error.strerror}.", hint="Check its permissions.") from error
     raise _unknown(name, looks_like_path, store or Store())
 
 

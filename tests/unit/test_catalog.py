@@ -1,0 +1,75 @@
+import pytest
+
+from qwen2_local.catalog import CATALOG, SIZES, defaults_of, lookup, suggestions
+from qwen2_local.formats.checkpoint import expected_tensors, parameters
+from qwen2_local.formats.config import parse_config
+from qwen2_local.types import Sampling
+from tests.support.checkpoints import CONFIG, MOE_CONFIG
+
+MOE = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480}
+
+
+def test_ten_checkpoints():
+    assert [model.name for model in CATALOG] == [
+        "0.5b", "0.5b-base", "1.5b", "1.5b-base", "7b", "7b-base", "57b", "57b-base", "72b", "72b-base",
+    ]  # fmt: skip
+    assert len({model.repo for model in CATALOG}) == 10
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_the_numbers_agree_with_each_other(size):
+    raw = (MOE_CONFIG | MOE if size.name == "57b" else CONFIG) | {
+        "hidden_size": size.hidden, "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
+        "intermediate_size": size.intermediate, "vocab_size": size.vocabulary, "tie_word_embeddings": size.tied,
+    }  # fmt: skip
+    config = parse_config(raw, "config.json")
+    assert parameters(config) == size.weights
+    assert len(list(expected_tensors(config, "switch"))) == size.tensors
+    assert config.kv_values_per_token == size.kv_values_per_token
+    assert list(size.gguf_bytes.values()) == sorted(size.gguf_bytes.values())
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "quantization"),
+    [
+        ("7b", "7b", None), ("7B", "7b", None), ("7b-base", "7b-base", None), ("7b-instruct", "7b", None), ("0.5b:q4_0", "0.5b", "q4_0"),
+        ("Qwen/Qwen2-7B-Instruct", "7b", None), ("Qwen/Qwen2-7B", "7b-base", None), ("qwen2-72b-instruct", "72b", None),
+        ("Qwen2-1.5B", "1.5b-base", None),
+        ("57b-a14b", "57b", None), ("Qwen/Qwen2-57B-A14B-Instruct:Q8_0", "57b", "q8_0"), (" 7b ", "7b", None),
+    ],
+)  # fmt: skip
+def test_names_that_people_type(typed, name, quantization):
+    model, asked = lookup(typed)
+    assert (model.name, asked) == (name, quantization)
+
+
+@pytest.mark.parametrize("typed", ["9b", "", "7", "guide", "Qwen/Qwen2.5-7B", "meta/7b", "7b:", "7b-chat", "7b/../x"])
+def test_names_that_are_none(typed):
+    assert lookup(typed) is None
+
+
+def test_names_of_the_hub():
+    model = lookup("0.5b")[0]
+    assert model.repo == "Qwen/Qwen2-0.5B-Instruct"
+    assert model.variant_repo("GGUF") == "Qwen/Qwen2-0.5B-Instruct-GGUF"
+    assert model.gguf_file("q5_k_m") == "qwen2-0_5b-instruct-q5_k_m.gguf"
+    assert lookup("57b")[0].gguf_file("q8_0") == "qwen2-57b-a14b-instruct-q8_0.gguf"
+
+
+def test_defaults_of_instruct_and_base():
+    assert lookup("7b")[0].sampling == Sampling(0.7, 0.8, 20, 1.05)
+    assert lookup("0.5b")[0].sampling.repetition_penalty == 1.1
+    assert lookup("7b-base")[0].sampling == Sampling()
+    assert defaults_of(3584, 28, "Qwen2 7B Instruct") == lookup("7b")[0].sampling
+    assert defaults_of(3584, 28, "Qwen2 7B") is None
+    assert defaults_of(1, 1, "instruct") is None
+
+
+def test_licences():
+    assert {size.name: size.licence.id for size in SIZES if size.licence.id != "apache-2.0"} == {"72b": "tongyi-qianwen"}
+
+
+def test_suggestions():
+    assert suggestions("7b-bsae")[0] == "7b-base"
+    assert suggestions("giude", ("guide",)) == ["guide"]
+    assert suggestions("xyzzy") == []
