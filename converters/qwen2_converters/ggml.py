@@ -1,0 +1,74 @@
+"""ggml's own quantizers, bound with ctypes from the library that llama-cpp-python brings: the same bytes as llama.cpp's quantizer.
+
+The functions let go of Python's lock, so threads run them side by side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen2_local.backends import llamalib
+from qwen2_local.errors import BackendUnavailable
+from qwen2_local.formats.ggml_types import GgmlType
+
+Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+
+_LIBRARY = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+
+
+def prepare(kind: GgmlType) -> None:
+    """Call once before `quantize`, from one thread. Raises BackendUnavailable if the library is missing or lays out `kind` otherwise."""
+    lib = _library()
+    if lib.ggml_row_size(kind.number, kind.block) != kind.block_bytes:
+        raise BackendUnavailable(f"This version of llama.cpp lays out {kind.name} differently.", hint="Install the one qwen2-local asks for.")
+    lib.ggml_quantize_init(kind.number)
+
+
+def to_float32(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
+    """The weights in `raw`, little-endian "BF16", "F16" or "F32", as float32; exact."""
+    if dtype == "F32":
+        return raw.view(np.float32)
+    convert = {"BF16": _library().ggml_bf16_to_fp32_row, "F16": _library().ggml_fp16_to_fp32_row}[dtype]
+    weights = np.empty(raw.size // 2, np.float32)
+    convert(raw.ctypes.data, weights.ctypes.data, weights.size)
+    return weights
+
+
+def quantize(weights: npt.NDArray[np.float32], columns: int, kind: GgmlType) -> Bytes:
+    """Whole rows of `columns` weights as ggml keeps them. `columns` have to be whole blocks of `kind`."""
+    if kind.name == "F32":
+        return weights.view(np.uint8)
+    rows = weights.size // columns
+    packed = np.empty(rows * kind.row_bytes(columns), np.uint8)
+    written = _library().ggml_quantize_chunk(kind.number, weights.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
+    assert written == packed.size
+    return packed
+
+
+@functools.cache
+def _library() -> Any:
+    # It brings OpenMP, which reads its settings from the environment once: llamalib has to load it first, with those that it wants.
+    llamalib.library()
+    path = llamalib.folder() / "lib" / _LIBRARY
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "ggml_row_size": (ctypes.c_size_t, [number, whole]),
+        "ggml_quantize_init": (None, [number]),
+        "ggml_quantize_chunk": (ctypes.c_size_t, [number, pointer, pointer, whole, whole, whole, pointer]),
+        "ggml_bf16_to_fp32_row": (None, [pointer, pointer, whole]),
+        "ggml_fp16_to_fp32_row": (None, [pointer, pointer, whole]),
+    }
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in signatures.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailable(f"llama.cpp's library for conversions does not load: {error}", hint="See `qwen2-local doctor`.") from error
+    return lib

@@ -1,0 +1,105 @@
+"""Writes a GGUF file, version 3: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+The header is complete before the first weight is read; then the tensors go to their places, in any order, on all cores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from array import array
+from pathlib import Path
+
+import numpy as np
+
+from qwen2_converters import ggml
+from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
+from qwen2_converters.keys import Keys, Value, gguf_keys
+from qwen2_converters.plan import Plan
+from qwen2_local import cpu
+from qwen2_local.errors import BadFile
+from qwen2_local.formats.checkpoint import Checkpoint
+from qwen2_local.formats.ggml_types import BY_NAME
+from qwen2_local.formats.gguf import MAX_HEADER
+
+_ALIGNMENT = 32
+_BLOCK = 1 << 20
+"""Weights of a block: 10 MB in all its forms, a few milliseconds of work."""
+
+_TOO_LARGE = 65520.0  # rounds to infinity in 16 bits
+
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+
+def write_gguf(checkpoint: Checkpoint, plan: Plan, path: Path, advance: Advance, *, name: str) -> None:
+    """Writes the file `path` anew. name: what to call the model in it.
+
+    Raises BadFile for weights that are no numbers or do not fit the type, and what the modules below raise.
+    """
+    for kind in {part.type for tensor in plan.tensors for part in tensor.parts}:
+        ggml.prepare(BY_NAME[kind])
+    header, offsets, size = _lay_out(gguf_keys(checkpoint, plan.target, name), plan)
+    if len(header) > MAX_HEADER:
+        raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb", closefd=False) as file:
+            file.write(header)
+        # Also writes the padding.
+        os.ftruncate(handle, size)
+        places = {part: Place(handle, offset) for part, offset in offsets.items()}
+        convert_blocks(checkpoint, plan, places, _encode, advance, weights=_BLOCK, threads=cpu.cores())
+    finally:
+        os.close(handle)
+
+
+def _encode(block: Block, raw: Buffer) -> list[Buffer]:
+    part = block.tensor.parts[0]
+    kind = BY_NAME[part.type]
+    weights = ggml.to_float32(raw, block.dtype)
+    # NaN spreads through both. Every type but F32 keeps its weights or their scales in 16-bit floats.
+    peak = float(np.maximum(weights.max(), -weights.min()))
+    if not math.isfinite(peak):
+        raise BadFile(f"{block.file}: {part.name} holds weights that are no finite numbers.", hint="Fetch the model again from its source.")
+    if peak >= _TOO_LARGE and kind.name != "F32":
+        raise BadFile(f"{block.file}: {part.name} holds a weight of {peak:g}, too large for {kind.name}.", hint="Convert to gguf:f32, or for MLX.")
+    return [ggml.quantize(weights, part.shape[-1], kind)]
+
+
+def _lay_out(keys: Keys, plan: Plan) -> tuple[bytes, dict[str, int], int]:
+    """The header, each tensor's offset in the file, and the size of the file."""
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(plan.tensors), len(keys))]
+    head += [_string(key) + _value(value) for key, value in keys.items()]
+    relative: dict[str, int] = {}
+    end = 0
+    for tensor in plan.tensors:
+        part = tensor.parts[0]
+        relative[part.name] = end
+        shape = part.shape[::-1]
+        head.append(_string(part.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, BY_NAME[part.type].number, end))
+        end += part.nbytes + -part.nbytes % _ALIGNMENT
+    header = b"".join(head)
+    header += bytes(-len(header) % _ALIGNMENT)
+    return header, {name: len(header) + offset for name, offset in relative.items()}, len(header) + end
+
+
+def _value(value: Value) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, bool):
+        return struct.pack("<IB", _BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _UINT32, value)
+    if isinstance(value, float):
+        return struct.pack("<If", _FLOAT32, value)
+    if isinstance(value, list):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, array):
+        return struct.pack(f"<IIQ{len(value)}i", _ARRAY, _INT32, len(value), *value)
+    return struct.pack("<Ii", _INT32, int(value))
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw

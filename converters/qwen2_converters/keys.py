@@ -1,0 +1,172 @@
+"""The keys of a GGUF file: what the model is, its shape, its tokenizer, how it likes to be sampled.
+
+Names and types as llama.cpp's convert_hf_to_gguf.py writes them (gguf-py's constants.py).
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from qwen2_converters.companions import companion
+from qwen2_converters.mix import FILE_TYPES
+from qwen2_converters.target import Target
+from qwen2_local.errors import BadFile
+from qwen2_local.formats.checkpoint import Checkpoint, parameters
+from qwen2_local.formats.strict_json import read_object
+from qwen2_local.generation import GenerationDefaults, from_config
+from qwen2_local.vocabulary import Vocabulary, read_tokenizer_json
+
+Value: TypeAlias = "str | bool | int | float | np.int32 | list[str] | array[int]"
+"""int is written as uint32, float as float32, an array as int32s."""
+
+Keys: TypeAlias = dict[str, Value]
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_MAX_JSON = 4_000_000
+_MAX_TEXT = 1_000_000
+_AGAIN = "They do not belong together: fetch the model again."
+
+
+def gguf_keys(checkpoint: Checkpoint, target: Target, name: str) -> Keys:
+    """All keys, in the order of the file. name: what to call the model.
+
+    Raises BadFile, or UnsupportedModel for a tokenizer that is not Qwen2's kind.
+    """
+    generation = optional_json(checkpoint, "generation_config.json")
+    keys: Keys = {
+        "general.architecture": "qwen2moe" if checkpoint.config.moe else "qwen2",
+        "general.type": "model",
+        "general.name": name,
+        "general.size_label": size_label(parameters(checkpoint.config)),
+        **licence(checkpoint),
+        "general.file_type": FILE_TYPES[target.weights],
+        "general.quantization_version": 2,
+    }
+    return keys | _sampling(checkpoint, generation) | _shape(checkpoint) | _tokenizer(checkpoint, generation)
+
+
+def size_label(count: int) -> str:
+    """A count of weights as GGUF files spell it, two digits or more: "494M", "7.6B"."""
+    size, letter = next((unit for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if count > unit[0]), (1e3, "K"))
+    return f"{count / size:.{1 if round(count / size) < 10 else 0}f}{letter}"
+
+
+def optional_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` beside the weights; empty without the file. Raises BadFile."""
+    path = checkpoint.folder / name
+    return read_object(companion(path), _MAX_JSON) if path.exists() else {}
+
+
+def licence(checkpoint: Checkpoint) -> dict[str, str]:
+    """The keys general.license, .name and .link, as far as the head of README.md, where Hugging Face keeps them, has them."""
+    path = checkpoint.folder / "README.md"
+    if not path.is_file():
+        return {}
+    with companion(path).open(encoding="utf-8", errors="replace") as file:
+        head = re.match(r"\ufeff?---\n(.*?)\n---", file.read(_MAX_TEXT), re.DOTALL)
+    found = dict(re.findall(r"^(license|license_name|license_link):\s*[\"']?([^\"'\n]{1,200}?)[\"']?\s*$", head[1], re.MULTILINE)) if head else {}
+    return {f"general.{key.replace('_', '.')}": found[key] for key in ("license", "license_name", "license_link") if key in found}
+
+
+def _sampling(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
+    if not generation:
+        return {}
+    where = str(checkpoint.folder / "generation_config.json")
+    sampling = from_config(generation, fallback=GenerationDefaults(), where=where).sampling
+    return {
+        "general.sampling.top_k": np.int32(sampling.top_k),
+        "general.sampling.top_p": sampling.top_p,
+        "general.sampling.temp": sampling.temperature,
+        "general.sampling.penalty_repeat": sampling.repetition_penalty,
+    }
+
+
+def _shape(checkpoint: Checkpoint) -> Keys:
+    config = checkpoint.config
+    keys: Keys = {
+        "block_count": config.layers,
+        "context_length": config.context,
+        "embedding_length": config.hidden,
+        "feed_forward_length": config.intermediate,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_eps,
+        "rope.freq_base": config.rope_theta,
+    }
+    if config.yarn:
+        keys |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": config.yarn.factor,
+            "rope.scaling.original_context_length": config.yarn.original,
+        }
+    if config.moe:
+        keys |= {
+            "expert_count": config.moe.experts,
+            "expert_used_count": config.moe.experts_per_token,
+            "expert_feed_forward_length": config.moe.expert_size,
+            "expert_shared_feed_forward_length": config.moe.shared_size,
+        }
+    prefix = "qwen2moe" if config.moe else "qwen2"
+    return {f"{prefix}.{key}": value for key, value in keys.items()}
+
+
+def _tokenizer(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
+    path = checkpoint.folder / "tokenizer.json"
+    vocabulary = read_tokenizer_json(path)
+    tokens, types = _tokens(checkpoint, vocabulary)
+    for left, right in vocabulary.merges:
+        if not {left, right, left + right} <= vocabulary.base.keys():
+            raise BadFile(f"{path}: the merge of {left[:40]!r} and {right[:40]!r} is of no tokens.", hint="Fetch the file again.")
+    keys: Keys = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in vocabulary.merges],
+    }
+    for key, field in (("eos", "eos_token_id"), ("padding", "pad_token_id"), ("bos", "bos_token_id")):
+        number = _first_id(generation.get(field), len(tokens))
+        if number is None:
+            number = _first_id(checkpoint.raw.get(field), len(tokens))
+        if number is not None:
+            keys[f"tokenizer.ggml.{key}_token_id"] = number
+    keys["tokenizer.ggml.add_bos_token"] = False
+    template = _chat_template(checkpoint)
+    return keys | {"tokenizer.chat_template": template} if template else keys
+
+
+def _tokens(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[list[str], array[int]]:
+    """Text and type of each row of the embedding."""
+    count = checkpoint.config.vocabulary
+    size = 1 + max(max(vocabulary.base.values()), max(vocabulary.added, default=0))
+    if size > count:
+        fault = f"{checkpoint.folder}: tokenizer.json has {size:,} tokens, config.json allows {count:,} (vocab_size)."
+        raise BadFile(fault, hint=_AGAIN)
+    tokens = [f"[PAD{number}]" for number in range(count)]
+    types = array("i", [_UNUSED]) * count
+    for text, number in vocabulary.base.items():
+        tokens[number], types[number] = text, _NORMAL
+    for number, text in vocabulary.added.items():
+        tokens[number], types[number] = text, _CONTROL if number in vocabulary.control else _USER_DEFINED
+    return tokens, types
+
+
+def _first_id(value: object, count: int) -> int | None:
+    """A token id, or the first of a list of them; None for anything else."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if type(first) is int and 0 <= first < count else None
+
+
+def _chat_template(checkpoint: Checkpoint) -> str:
+    template = optional_json(checkpoint, "tokenizer_config.json").get("chat_template")
+    path = checkpoint.folder / "chat_template.jinja"
+    if template is None and path.is_file():
+        # Where transformers 5 keeps it.
+        with companion(path).open(encoding="utf-8", errors="replace") as file:
+            template = file.read(_MAX_TEXT)
+    return template if isinstance(template, str) else ""
