@@ -18,7 +18,7 @@ from qwen2_local.chatml import render
 from qwen2_local.detokenize import TextStream
 from qwen2_local.engine import Engine, Finished, Prefilled, Request, Token
 from qwen2_local.errors import InvalidPrompt, UsageError
-from qwen2_local.loading import Opened, open_model
+from qwen2_local.loading import Opened, Report, open_model
 from qwen2_local.types import Completion, FinishReason, Message, Piece, Sampling, Usage
 
 Progress = Callable[[int, int], None]
@@ -83,14 +83,15 @@ class _Tally:
 class Qwen2:
     """A loaded model. Use it in a `with` block, or call `close`, to give its memory back. Safe to share between threads."""
 
-    def __init__(self, name: str = "guide", *, backend: str | None = None, context: int | None = None) -> None:
+    def __init__(self, name: str = "guide", *, backend: str | None = None, context: int | None = None, report: Report | None = None) -> None:
         """Load a model by name ("guide", "0.5b:q4_0") or path (a GGUF file, an MLX folder, a Hugging Face folder).
 
         backend: "mlx" or "llama.cpp"; by default what fits the machine and the file. context: tokens of prompt and reply
-        together; by default 8,192, or what the model has if that is less. Touches no network.
+        together; by default 8,192, or what the model has if that is less. report: told of the progress of a conversion, on the first use of
+        a Hugging Face folder. Touches no network.
         Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit.
         """
-        self._opened: Opened = open_model(name, backend=backend, context=context)
+        self._opened: Opened = open_model(name, backend=backend, context=context, report=report)
         self._engine = Engine(self._opened.load)
 
     @property

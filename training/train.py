@@ -245,10 +245,8 @@ def main() -> None:
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate
-        if progress > 0.6 and step % 25 == 0:
-            batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
-        else:
-            batch = batches.next()
+        long = progress > 0.6 and step % 25 == 0
+        batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400))) if long else batches.next()
         # From the middle on, two steps of three see the weights as a 4-bit file holds them.
         FakeQuant.mode = quantized.choice(("", "q4_0", "mlx")) if progress > 0.5 else ""
         loss = loss_of(model, *batch)

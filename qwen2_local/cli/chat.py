@@ -44,10 +44,10 @@ def chat(
 
     with output.Status() as status:
         status.show(f"loading {model}")
-        loaded = Qwen2(model, backend=backend, context=context)
+        loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)
     with loaded:
-        for line in loaded.info.notes:
-            output.note(f"note: {line}")
+        for warning in loaded.info.notes:
+            output.note(f"note: {warning}")
         sampling = sampling_from(loaded.sampling, temperature, top_p, top_k, seed)
         output.note(f"{model} · {loaded.info.name} · context {loaded.info.context:,} tokens · /help for help, Ctrl-D to leave")
         history = _fresh(system)

@@ -31,5 +31,5 @@ def shared(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def sampling_from(base: Sampling, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> Sampling:
     """The model's own sampling with what was given on the command line. Raises InvalidSampling."""
-    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     return replace(base, **{name: value for name, value in given.items() if value is not None})

@@ -44,10 +44,10 @@ def run(
 
     with output.Status() as status:
         status.show(f"loading {model}")
-        loaded = Qwen2(model, backend=backend, context=context)
+        loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)
     with loaded, output.Status() as status:
-        for line in loaded.info.notes:
-            output.note(f"note: {line}")
+        for warning in loaded.info.notes:
+            output.note(f"note: {warning}")
         sampling = sampling_from(loaded.sampling, temperature, top_p, top_k, seed)
         if raw:
             stream = loaded.complete(text, sampling=sampling, max_tokens=max_tokens, progress=status.prefill)

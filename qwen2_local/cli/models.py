@@ -1,0 +1,103 @@
+"""`qwen2-local ls`, `show` and `rm`: the models on this computer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from qwen2_local import fit, store
+from qwen2_local.cli import output
+from qwen2_local.errors import UsageError
+from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.formats.checkpoint import open_checkpoint, parameters
+from qwen2_local.sanitize import clean_line
+
+_BUILT_IN = "built in"
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def ls(as_json: bool) -> None:
+    """List the models on this computer."""
+    models: list[dict[str, object]] = []
+    for one in store.Store().list():
+        manifest = one.manifest
+        if manifest is None:
+            models.append({"name": one.name, "format": one.note, "bytes": None, "context": None})
+        else:
+            form = f"{manifest.format.upper()} {manifest.quantization}"
+            models.append({"name": one.name, "format": form, "bytes": manifest.size, "context": manifest.context})
+    guide = open_checkpoint(store.guide_folder())
+    models.append({"name": store.GUIDE, "format": _BUILT_IN, "bytes": guide.weight_bytes, "context": guide.config.context})
+    if as_json:
+        print(json.dumps(models, ensure_ascii=False))
+        return
+    rows: list[tuple[str, ...]] = [("NAME", "FORMAT", "SIZE", "CONTEXT")]
+    for model in models:
+        size, context = model["bytes"], model["context"]
+        shown = (output.gigabytes(size) if isinstance(size, int) else "", f"{context:,}" if isinstance(context, int) else "")
+        rows.append((str(model["name"]), str(model["format"]), *shown))
+    output.table(rows)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(model: str, as_json: bool) -> None:
+    """Show what is known of MODEL: a name, or a path. Reads headers only; loads nothing."""
+    facts = _facts(store.resolve(model))
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        print(f"{name:<16}{clean_line(text)}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(model: str, yes: bool) -> None:
+    """Delete an installed MODEL. Files that are only named by their path are never touched."""
+    ref = store.resolve(model)
+    if ref.origin != "installed":
+        kind = "built in" if ref.origin == "built-in" else "no installed model but a path"
+        raise UsageError(f"{ref.label} is {kind}: `rm` deletes installed models only.", hint="`qwen2-local ls` lists them.")
+    size = output.gigabytes(ref.manifest.size) if ref.manifest is not None else "an unknown size"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"Deleting {ref.label} ({size}) has to be confirmed.", hint="Say --yes where nobody can be asked.")
+        click.confirm(f"Delete {ref.label} ({size})?", abort=True, err=True)
+    store.Store().remove(ref.label)
+    output.note(f"Deleted {ref.label}: {size} are free again.")
+
+
+def _facts(ref: store.ModelRef) -> dict[str, object]:
+    facts: dict[str, object] = {"name": ref.label, "path": str(Path(ref.path).absolute()), "origin": ref.origin}
+    if ref.format == "gguf":
+        gguf = open_gguf(ref.path)
+        facts |= {"format": "GGUF", "quantization": gguf.quantization, "architecture": gguf.architecture, "parameters": gguf.parameters}
+        facts |= {"layers": gguf.layers, "hidden": gguf.hidden, "heads": f"{gguf.heads}/{gguf.kv_heads}", "vocabulary": gguf.vocabulary}
+        size, values, context = gguf.weight_bytes, gguf.kv_values_per_token, gguf.context
+        licence = gguf.header.text("general.license")
+    else:
+        checkpoint = open_checkpoint(ref.path)
+        config = checkpoint.config
+        bits = config.quantization
+        quantization = config.dtype if bits is None else f"{bits.bits}-bit, groups of {bits.group}"
+        form = "MLX" if ref.format == "mlx" else "Hugging Face checkpoint"
+        facts |= {"format": form, "quantization": quantization, "architecture": config.model_type, "parameters": parameters(config)}
+        facts |= {"layers": config.layers, "hidden": config.hidden, "heads": f"{config.heads}/{config.kv_heads}", "vocabulary": config.vocabulary}
+        size, values, context = checkpoint.weight_bytes, config.kv_values_per_token, config.context
+        licence = None
+    if ref.manifest is not None:
+        licence = ref.manifest.licence or licence
+        facts |= {"source": ref.manifest.source, "revision": ref.manifest.revision}
+    needed = fit.memory_needed(size, values, min(context, 8192))
+    facts |= {"size": output.gigabytes(size), "context": context, "memory": f"{fit.show_gb(needed)} at a context of {min(context, 8192):,}"}
+    if licence:
+        facts["licence"] = licence
+    return facts
