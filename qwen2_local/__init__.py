@@ -9,9 +9,12 @@ The public API is what this module names; everything else is internal. Importing
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+logging.getLogger("qwen2_local").addHandler(logging.NullHandler())  # a library writes nothing by itself
 
 if TYPE_CHECKING:
     from qwen2_local.errors import Qwen2LocalError

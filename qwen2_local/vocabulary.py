@@ -7,6 +7,7 @@ file is ever used, because a file with any other than Qwen2's own is refused.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,8 @@ def _mapping(value: object, where: str, name: str) -> dict[str, object]:
 
 
 def _list(value: object, where: str, name: str) -> list[object]:
+    if isinstance(value, array):  # numbers, as the GGUF reader gives them
+        return list(value)
     if not isinstance(value, list):
         raise BadFile(f"{where}: {name} is missing or no list.", hint=_FETCH_AGAIN)
     return value
