@@ -1,0 +1,46 @@
+"""Everything that is checked, here and in CI: `python3 scripts/check.py`. Sets up `.venv` with the tests' needs first. Exit code 0: all is well."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+from environment import ROOT, Environment, SetupError, newer_python, say
+
+# The floors of the house (no import goes up) are tests too: tests/unit/test_floors.py.
+STEPS = (
+    ("ruff check", ["ruff", "check", "."]),
+    ("ruff format", ["ruff", "format", "--check", "--quiet", "."]),
+    ("mypy", ["mypy"]),
+    ("pytest", ["pytest", "--durations=10"]),
+)
+
+
+def main() -> int:
+    """Runs every step, also after one has failed."""
+    started = time.monotonic()
+    environment = Environment()
+    try:
+        newer_python()
+        environment.set_up(dev=True)
+    except SetupError as error:
+        say(f"error: {error}")
+        return 1
+    # The tests find the environment's tools (cmake) first.
+    variables = {**os.environ, "PATH": f"{environment.python.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    took = [("set-up", True, time.monotonic() - started)]
+    for name, command in STEPS:
+        say(f"\n== {name}")
+        started = time.monotonic()
+        done = subprocess.run([str(environment.python), "-m", *command], cwd=ROOT, stdin=subprocess.DEVNULL, env=variables, check=False)
+        took.append((name, done.returncode == 0, time.monotonic() - started))
+    say("")
+    for name, fine, seconds in took:
+        say(f"{'ok    ' if fine else 'FAILED'}  {name:<12} {seconds:7.1f} s")
+    return 0 if all(fine for _, fine, _ in took) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
