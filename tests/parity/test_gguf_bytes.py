@@ -1,0 +1,168 @@
+"""Our GGUF files against llama.cpp's own quantizer, byte by byte, and against gguf-py's reader and names."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from qwen2_converters.convert import convert
+from qwen2_converters.target import Target
+from qwen2_local import backends
+from qwen2_local.backends import llamalib
+from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.generation import from_gguf
+from qwen2_local.tokens import Tokenizer
+from qwen2_local.types import Sampling
+from tests.support import random_qwen2, small_tokenizer, tiny_checkpoint
+from tests.support.random_qwen2 import Weights
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}
+
+CASES: dict[str, tuple[dict[str, Any], str, Callable[[Weights], Weights]]] = {
+    "tied, 256 wide": (tiny_checkpoint.dense(hidden_size=256, intermediate_size=512), "BF16", dict),
+    "untied, 256 wide": (tiny_checkpoint.dense(hidden_size=256, tie_word_embeddings=False), "BF16", dict),
+    "tied, 128 wide": (tiny_checkpoint.dense(), "BF16", dict),
+    "untied, 128 wide": (tiny_checkpoint.dense(tie_word_embeddings=False), "F16", dict),
+    "odd rows": (tiny_checkpoint.dense(hidden_size=72, intermediate_size=200, tie_word_embeddings=False), "F32", dict),
+    "odd rows, tied": (tiny_checkpoint.dense(hidden_size=72, intermediate_size=200), "BF16", dict),
+    "8 experts": (tiny_checkpoint.moe(), "BF16", dict),
+    "8 experts, fused": (tiny_checkpoint.moe(), "BF16", tiny_checkpoint.fused),
+    "4 experts, 256 wide": (tiny_checkpoint.moe(num_experts=4, hidden_size=256, moe_intermediate_size=256), "F32", dict),
+    "4 experts, fused, F16": (tiny_checkpoint.moe(num_experts=4), "F16", tiny_checkpoint.fused),
+}
+
+
+def reference(path: Path, config: dict[str, Any], weights: Weights, file_type: int) -> Path:
+    """A float32 file by gguf-py, quantized by llama.cpp."""
+    moe = config["model_type"] == "qwen2_moe"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE if moe else gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
+    plain = path.with_suffix(".plain.gguf")
+    writer = gguf.GGUFWriter(str(plain), "qwen2moe" if moe else "qwen2")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if moe:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    for name, value in random_qwen2.stacked(weights).items():
+        renamed = names.get_name(name.replace(".switch_mlp.", ".experts."), try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(renamed, np.ascontiguousarray(value[0] if "shared_expert_gate" in name else value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lib = llamalib.library()
+    parameters = lib.llama_model_quantize_default_params()
+    parameters.ftype = file_type
+    parameters.nthread = 1
+    assert lib.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(parameters)) == 0
+    return path
+
+
+def float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    return {t.name: (t.tensor_type.name, tuple(map(int, t.shape)), t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_what_llama_cpp_makes(case: str, tmp_path: Path) -> None:
+    config, dtype, layout = CASES[case]
+    weights = tiny_checkpoint.weights(config, dtype)
+    folder = tiny_checkpoint.write(tmp_path / "hf", config, layout(weights), dtype=dtype, shards=2)
+    for kind, number in FILE_TYPES.items():
+        ours = convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf")
+        want = tensors(reference(tmp_path / f"{kind}-reference.gguf", config, weights, number))
+        have = tensors(ours)
+        assert {name: value[:2] for name, value in have.items()} == {name: value[:2] for name, value in want.items()}, kind
+        assert [name for name in want if have[name] != want[name]] == [], kind
+        model = open_gguf(ours)
+        assert model.quantization == kind.upper()
+        assert (model.vocabulary, model.context, model.layers) == (config["vocab_size"], config["max_position_embeddings"], 2)
+
+
+@pytest.mark.parametrize("case", ["tied, 128 wide", "8 experts", "8 experts, fused"])
+def test_llama_cpp_loads_it(case: str, tmp_path: Path) -> None:
+    config, dtype, layout = CASES[case]
+    folder = tiny_checkpoint.write(tmp_path / "hf", config, layout(tiny_checkpoint.weights(config, dtype)), dtype=dtype)
+    path = convert(folder, Target("gguf", "q4_0"), tmp_path / "model.gguf")
+    backend = backends.load("llama.cpp", path, context=64)
+    try:
+        assert backend.info.vocabulary == config["vocab_size"]
+    finally:
+        backend.close()
+
+
+def test_keys(tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768})
+    weights = tiny_checkpoint.weights(config)
+    folder = tiny_checkpoint.write(tmp_path / "Tiny-Qwen2", config, weights)
+    (folder / "README.md").write_text("---\nlanguage:\n- en\nlicense: apache-2.0\nlicense_link: https://example.org/x\n---\n# Tiny\nlicense: other\n")
+    reader = gguf.GGUFReader(convert(folder, Target("gguf", "q8_0"), tmp_path / "model.gguf"))
+    assert not [name for name in reader.fields if reader.fields[name].contents() is None]
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(("tokenizer", "GGUF"))}
+    assert values == {
+        "general.architecture": "qwen2",
+        "general.type": "model",
+        "general.name": "Tiny-Qwen2",
+        "general.size_label": gguf.size_label(sum(value.size for value in weights.values()), 0, 0, 0),
+        "general.license": "apache-2.0",
+        "general.license.link": "https://example.org/x",
+        "general.file_type": 7,
+        "general.quantization_version": 2,
+        "general.sampling.temp": float32(0.7),
+        "general.sampling.top_p": float32(0.8),
+        "general.sampling.top_k": 20,
+        "general.sampling.penalty_repeat": float32(1.05),
+        "qwen2.block_count": 2,
+        "qwen2.context_length": 131072,
+        "qwen2.embedding_length": 128,
+        "qwen2.feed_forward_length": 192,
+        "qwen2.attention.head_count": 4,
+        "qwen2.attention.head_count_kv": 2,
+        "qwen2.attention.layer_norm_rms_epsilon": float32(1e-6),
+        "qwen2.rope.freq_base": 1e6,
+        "qwen2.rope.scaling.type": "yarn",
+        "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 32768,
+    }
+    typed = {"top_k": gguf.GGUFValueType.INT32, "temp": gguf.GGUFValueType.FLOAT32}
+    assert all(reader.fields[f"general.sampling.{name}"].types == [kind] for name, kind in typed.items())
+
+
+def test_tokenizer_keys(tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense()
+    folder = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config))
+    keys = open_gguf(convert(folder, Target("gguf", "q4_0"), tmp_path / "model.gguf")).header.keys
+    size, count = small_tokenizer.SIZE, config["vocab_size"]
+    base, control = len(small_tokenizer.BASE), len(small_tokenizer.CONTROL)
+    assert keys["tokenizer.ggml.tokens"] == [
+        *small_tokenizer.BASE, *small_tokenizer.CONTROL, small_tokenizer.TOOL, *(f"[PAD{number}]" for number in range(size, count)),
+    ]  # fmt: skip
+    assert list(keys["tokenizer.ggml.token_type"]) == [1] * base + [3] * control + [4] + [5] * (count - size)
+    assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in small_tokenizer.MERGES]
+    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("gpt2", "qwen2")
+    assert keys["tokenizer.ggml.eos_token_id"] == tiny_checkpoint.END
+    assert keys["tokenizer.ggml.padding_token_id"] == keys["tokenizer.ggml.bos_token_id"] == tiny_checkpoint.START
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+    assert keys["tokenizer.chat_template"] == tiny_checkpoint.TEMPLATE
+    ours, theirs = Tokenizer.from_gguf(keys), Tokenizer.from_json(folder / "tokenizer.json")
+    text = "hello, héllo \n 你好<|im_end|>"
+    assert ours.encode(text) == theirs.encode(text)
+    assert (ours.size, ours.special) == (theirs.size, theirs.special)
+    sampling = from_gguf(keys, ours.special).sampling
+    assert sampling == Sampling(float32(0.7), float32(0.8), 20, float32(1.05))
