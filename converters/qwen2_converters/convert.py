@@ -16,7 +16,6 @@ from qwen2_local import files
 from qwen2_local.errors import UnsupportedModel
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
-from qwen2_local.vocabulary import read_tokenizer_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def convert(
     report(Progress("checking", 0, plan.nbytes))
     files.require_free(output.parent, plan.disk)
     staged = staged_file if target.format == "gguf" else staged_folder
-    with files.disk_errors(output, plan.disk), staged(output, overwrite=overwrite) as made:
+    with staged(output, overwrite=overwrite) as made:
         write(checkpoint, plan, made, progress=report, name=name)
         report(Progress("publishing", plan.nbytes, plan.nbytes))
     return output
@@ -63,14 +62,13 @@ def check(source: Path, target: Target) -> tuple[Checkpoint, Plan]:
         kind = "a GGUF file" if source.suffix == ".gguf" else "a file"
         raise UnsupportedModel(f"{source} is {kind}; conversions start from a Hugging Face folder.", hint="Fetch the original checkpoint.")
     checkpoint = open_checkpoint(source)
-    read_tokenizer_json(source / "tokenizer.json")
     return checkpoint, make_plan(checkpoint, target)
 
 
 def write(checkpoint: Checkpoint, plan: Plan, output: Path, *, progress: OnProgress, name: str | None = None) -> None:
     """Writes the GGUF file `output`, or fills the empty folder `output`, and reads its headers back.
 
-    What is to become of a half-made output is its caller's part.
+    What is to become of a half-made output is its caller's part. Raises as `convert` does.
     """
     done = 0
 
@@ -79,12 +77,13 @@ def write(checkpoint: Checkpoint, plan: Plan, output: Path, *, progress: OnProgr
         done += count
         progress(Progress("converting", done, plan.nbytes, tensor))
 
-    if plan.target.format == "gguf":
-        write_gguf(checkpoint, plan, output, advance, name=name or _name(checkpoint.folder))
-        open_gguf(output)
-    else:
-        write_mlx(checkpoint, plan, output, advance)
-        open_checkpoint(output)
+    with files.disk_errors(output, plan.disk):
+        if plan.target.format == "gguf":
+            write_gguf(checkpoint, plan, output, advance, name=name or _name(checkpoint.folder))
+            open_gguf(output)
+        else:
+            write_mlx(checkpoint, plan, output, advance)
+            open_checkpoint(output)
 
 
 def _name(folder: Path) -> str:

@@ -29,7 +29,6 @@ Keys: TypeAlias = dict[str, Value]
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _MAX_JSON = 4_000_000
 _MAX_TEXT = 1_000_000
-_AGAIN = "They do not belong together: fetch the model again."
 
 
 def gguf_keys(checkpoint: Checkpoint, target: Target, name: str) -> Keys:
@@ -54,6 +53,20 @@ def size_label(count: int) -> str:
     """A count of weights as GGUF files spell it, two digits or more: "494M", "7.6B"."""
     size, letter = next((unit for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if count > unit[0]), (1e3, "K"))
     return f"{count / size:.{1 if round(count / size) < 10 else 0}f}{letter}"
+
+
+def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    """The tokenizer's vocabulary. Raises BadFile also where it does not belong to the model, or its merges not to its tokens."""
+    path = companion(checkpoint.folder / "tokenizer.json")
+    vocabulary = read_tokenizer_json(path)
+    size = 1 + max(max(vocabulary.base.values()), max(vocabulary.added, default=0))
+    if size > checkpoint.config.vocabulary:
+        fault = f"{path} has {size:,} tokens, config.json allows {checkpoint.config.vocabulary:,} (vocab_size)."
+        raise BadFile(fault, hint="They do not belong together: fetch the model again.")
+    for left, right in vocabulary.merges:
+        if left not in vocabulary.base or right not in vocabulary.base or left + right not in vocabulary.base:
+            raise BadFile(f"{path}: the merge of {left[:40]!r} and {right[:40]!r} is of no tokens.", hint="Fetch the file again.")
+    return vocabulary
 
 
 def optional_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -116,12 +129,8 @@ def _shape(checkpoint: Checkpoint) -> Keys:
 
 
 def _tokenizer(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
-    path = checkpoint.folder / "tokenizer.json"
-    vocabulary = read_tokenizer_json(path)
-    tokens, types = _tokens(checkpoint, vocabulary)
-    for left, right in vocabulary.merges:
-        if not {left, right, left + right} <= vocabulary.base.keys():
-            raise BadFile(f"{path}: the merge of {left[:40]!r} and {right[:40]!r} is of no tokens.", hint="Fetch the file again.")
+    vocabulary = read_vocabulary(checkpoint)
+    tokens, types = _tokens(vocabulary, checkpoint.config.vocabulary)
     keys: Keys = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
@@ -140,13 +149,8 @@ def _tokenizer(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
     return keys | {"tokenizer.chat_template": template} if template else keys
 
 
-def _tokens(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[list[str], array[int]]:
-    """Text and type of each row of the embedding."""
-    count = checkpoint.config.vocabulary
-    size = 1 + max(max(vocabulary.base.values()), max(vocabulary.added, default=0))
-    if size > count:
-        fault = f"{checkpoint.folder}: tokenizer.json has {size:,} tokens, config.json allows {count:,} (vocab_size)."
-        raise BadFile(fault, hint=_AGAIN)
+def _tokens(vocabulary: Vocabulary, count: int) -> tuple[list[str], array[int]]:
+    """Text and type of each of the `count` rows of the embedding."""
     tokens = [f"[PAD{number}]" for number in range(count)]
     types = array("i", [_UNUSED]) * count
     for text, number in vocabulary.base.items():

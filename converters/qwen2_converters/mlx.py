@@ -18,6 +18,7 @@ import numpy as np
 
 from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
 from qwen2_converters.companions import copy_companions
+from qwen2_converters.keys import read_vocabulary
 from qwen2_converters.plan import GROUP, Part, Plan, PlannedTensor
 from qwen2_local.errors import BackendUnavailable, BadFile
 from qwen2_local.formats.checkpoint import Checkpoint, parameters
@@ -30,8 +31,12 @@ _INDEX = "model.safetensors.index.json"
 
 
 def write_mlx(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance, *, shard: int = SHARD) -> None:
-    """Fills the empty `folder`. Raises BadFile for weights that are no finite numbers, BackendUnavailable without MLX, OSError."""
+    """Fills the empty `folder`. shard: bytes of tensors in a file at most.
+
+    Raises BadFile for weights that are no finite numbers or a tokenizer that does not belong, BackendUnavailable without MLX, OSError.
+    """
     mx = _library()
+    read_vocabulary(checkpoint)
     with ExitStack() as stack:
         places: dict[str, Place] = {}
         weight_map: dict[str, str] = {}

@@ -23,23 +23,24 @@ def refuse_existing(final: Path) -> None:
 def staged_file(final: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty file to write, which becomes `final` when the block ends well and is deleted when it does not.
 
-    Raises UsageError if `final` exists by then, unless `overwrite`.
+    Raises UsageError if `final` exists by then, unless `overwrite`; DoesNotFit on a full disk.
     """
     temporary = final.with_name(f".qwen2-{secrets.token_hex(8)}")
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield temporary
-        os.fsync(handle)
-        if overwrite:
-            temporary.replace(final)
-        else:
-            _link(temporary, final)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-        os.close(handle)
+    with files.disk_errors(final):
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+            os.fsync(handle)
+            if overwrite:
+                temporary.replace(final)
+            else:
+                _link(temporary, final)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+            os.close(handle)
 
 
 @contextmanager

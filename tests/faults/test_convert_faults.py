@@ -1,0 +1,335 @@
+"""Conversions that are killed, run out of disk, are stopped, or start from damaged and hostile folders."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen2_converters import blocks, gguf, mlx
+from qwen2_converters.convert import Progress, check, convert
+from qwen2_converters.install import install
+from qwen2_converters.target import Target
+from qwen2_local import files
+from qwen2_local.errors import BadFile, DoesNotFit, UnsupportedModel, UsageError
+from qwen2_local.formats.checkpoint import open_checkpoint
+from qwen2_local.formats.gguf import read_gguf
+from qwen2_local.store import Store
+from tests.support import tiny_checkpoint
+
+TARGETS = [Target("gguf", "q4_0"), Target("mlx", "4bit")]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    config = tiny_checkpoint.dense()
+    return tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config), shards=2)
+
+
+def hexdump(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def same(one: Path, other: Path) -> bool:
+    return (hexdump(one) == hexdump(other)) if one.is_dir() else one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_an_output_that_exists_is_kept(source: Path, target: Target, tmp_path: Path) -> None:
+    output = convert(source, target, tmp_path / "out")
+    before = hexdump(tmp_path)
+    with pytest.raises(UsageError, match="exists"):
+        convert(source, target, output)
+    assert hexdump(tmp_path) == before
+    convert(source, target, output, overwrite=True)
+    assert hexdump(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_an_output_that_appears_meanwhile_is_kept(source: Path, target: Target, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def meddle(progress: Progress) -> None:
+        if progress.phase == "publishing":
+            output.write_text("mine")
+
+    with pytest.raises(UsageError, match="exists"):
+        convert(source, target, output, progress=meddle)
+    assert output.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failed_conversion_changes_nothing(source: Path, target: Target, overwrite: bool, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    if overwrite:
+        convert(source, target, output)
+    before = hexdump(tmp_path)
+
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, output, progress=stop, overwrite=overwrite)
+    assert hexdump(tmp_path) == before
+    assert output.exists() == overwrite
+
+
+def test_progress_adds_up(source: Path, tmp_path: Path) -> None:
+    for target in TARGETS:
+        _, plan = check(source, target)
+        seen: list[Progress] = []
+        convert(source, target, tmp_path / target.label, progress=seen.append)
+        assert [seen[0].phase, seen[-1].phase] == ["checking", "publishing"]
+        assert [progress.done for progress in seen] == sorted(progress.done for progress in seen)
+        assert seen[-2].done == seen[-1].done == plan.nbytes == seen[0].total
+        assert seen[-2].tensor
+
+
+KILLED = """
+import os, sys, signal
+from pathlib import Path
+from qwen2_converters import blocks
+from qwen2_converters.install import install
+from qwen2_converters.convert import convert
+from qwen2_converters.target import Target
+from qwen2_local.store import Store
+writes = 0
+def write(handle, data, offset, plain=blocks._write):
+    global writes
+    writes += 1
+    if writes == int(sys.argv[4]):
+        plain(handle, data[: data.size // 2], offset)
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(handle, data, offset)
+blocks._write = write
+target = Target.parse(sys.argv[2])
+source, folder = Path(sys.argv[1]), Path(sys.argv[3])
+convert(source, target, folder / "out") if sys.argv[5] == "file" else install(source, target, Store(folder), "tiny")
+"""
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("write", [1, 17])
+@pytest.mark.parametrize("where", ["file", "store"])
+def test_kill_9_leaves_nothing_behind_the_name(source: Path, target: Target, write: int, where: str, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    killed = subprocess.run([sys.executable, "-c", KILLED, source, str(target), folder, str(write), where], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == []
+    store = Store(folder)  # sweeps
+    assert store.list() == []
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".qwen2-")] == []
+    manifest = install(source, target, store, "tiny")
+    assert store.get("tiny").manifest == manifest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = sys.platform == "linux" and os.geteuid() == 0
+    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], check=False, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("target", [Target("gguf", "f16"), Target("mlx", "bf16")], ids=str)
+def test_a_full_disk(source: Path, target: Target, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preflight is switched off: somebody else filled the disk meanwhile."""
+    with pytest.raises(DoesNotFit, match="are needed"):
+        convert(source, target, small_disk / "out")
+    monkeypatch.setattr(files, "require_free", lambda *_: None)
+    with pytest.raises(DoesNotFit, match="are needed"):
+        convert(source, target, small_disk / "out")
+    assert list(small_disk.iterdir()) == []
+    (small_disk / "store").mkdir()
+    store = Store(small_disk / "store")
+    with pytest.raises(DoesNotFit, match="are needed"):
+        install(source, target, store, "tiny")
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_full_disk_without_one(source: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = hexdump(tmp_path)
+    plain = os.pwrite
+    calls = iter(range(1000))
+
+    def pwrite(handle: int, data: bytes, offset: int) -> int:
+        if next(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(handle, data, offset)
+
+    monkeypatch.setattr(blocks.os, "pwrite", pwrite)
+    with pytest.raises(DoesNotFit):
+        convert(source, target, tmp_path / "out")
+    assert hexdump(tmp_path) == before
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_truncated_shard(source: Path, target: Target, tmp_path: Path) -> None:
+    shard = source / "model-00002-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(BadFile, match=r"model-00002-of-00002\.safetensors.*truncated"):
+        convert(source, target, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_shard_that_shrinks_while_it_is_read(source: Path, target: Target, tmp_path: Path) -> None:
+    def shrink(progress: Progress) -> None:
+        if progress.phase == "checking":
+            os.truncate(source / "model-00001-of-00002.safetensors", 5000)
+
+    with pytest.raises(BadFile, match="became shorter"):
+        convert(source, target, tmp_path / "out", progress=shrink)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_that_are_no_numbers(source: Path, target: Target, bits: int, tensor: str, tmp_path: Path) -> None:
+    located = open_checkpoint(source).tensors[tensor]
+    with located.file.open("r+b") as file:
+        file.seek(located.entry.begin + 20)
+        file.write(struct.pack("<H", bits))
+    with pytest.raises(BadFile, match="no finite numbers"):
+        convert(source, target, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_weights_too_large_for_16_bits(tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense(torch_dtype="float16")
+    weights = tiny_checkpoint.weights(config, "F32")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = -7e4
+    source = tiny_checkpoint.write(tmp_path / "hf", config, weights, dtype="F32")
+    for target in (*TARGETS, Target("gguf", "f16")):
+        with pytest.raises(BadFile, match="too large"):
+            convert(source, target, tmp_path / "out")
+    for target in (Target("gguf", "f32"), Target("mlx", "bf16")):
+        convert(source, target, tmp_path / target.label)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_code_and_pickles_are_never_copied(source: Path, target: Target, tmp_path: Path) -> None:
+    for name in ("modeling_qwen2.py", "pytorch_model.bin", "setup.py", "evil.pt", ".bashrc", "tokenizer.py"):
+        (source / name).write_text("import os")
+    (source / "nested").mkdir()
+    (source / "nested" / "x.py").write_text("import os")
+    output = convert(source, target, tmp_path / "out")
+    if target.format == "mlx":
+        assert {path.name for path in output.iterdir()} == {
+            "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "generation_config.json"])
+def test_links_out_of_the_folder_are_refused(source: Path, target: Target, name: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (source / "tokenizer_config.json").unlink()
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(BadFile, match="link out of its folder"):
+        convert(source, target, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "secret"]
+
+
+def test_the_hubs_cache_of_links_is_read(source: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--Qwen--Qwen2-Tiny"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(source.iterdir()):
+        path.rename(repository / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    made = convert(snapshot, TARGETS[0], tmp_path / "out.gguf")
+    assert read_gguf(made).keys["general.name"] == "Qwen2-Tiny"
+    assert not [path for path in convert(snapshot, TARGETS[1], tmp_path / "mlx").iterdir() if path.is_symlink()]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_tokenizer_that_does_not_belong(source: Path, target: Target, tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense(vocab_size=200)
+    small = tiny_checkpoint.write(tmp_path / "small", config, tiny_checkpoint.weights(config))
+    with pytest.raises(BadFile, match="tokens"):
+        convert(small, target, tmp_path / "out")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(BadFile, match="tokenizer"):
+        convert(source, target, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "small"]
+
+
+def test_repeated_conversions_are_alike(source: Path, tmp_path: Path) -> None:
+    for target in TARGETS:
+        assert same(convert(source, target, tmp_path / f"1-{target.label}"), convert(source, target, tmp_path / f"2-{target.label}"))
+
+
+def test_blocks_of_any_size_and_many_threads_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_checkpoint.moe()
+    source = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.fused(tiny_checkpoint.weights(config)))
+    plain = [convert(source, target, tmp_path / target.label) for target in TARGETS]
+    monkeypatch.setattr(gguf, "_BLOCK", 1000)
+    monkeypatch.setattr(mlx, "_BLOCK", 1000)
+    monkeypatch.setattr(gguf.cpu, "cores", lambda: 5)
+    for target, wanted in zip(TARGETS, plain, strict=True):
+        assert same(convert(source, target, tmp_path / f"{target.label}-small"), wanted)
+
+
+def test_an_error_stops_the_other_threads_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+
+    def work(block: int) -> None:
+        if block == 3:
+            raise BadFile("bad")
+        time.sleep(0.001)
+        done.append(block)
+
+    with pytest.raises(BadFile):
+        list(blocks._each(work, iter(range(10_000)), 4))  # type: ignore[arg-type, call-overload]
+    assert len(done) < 40
+
+
+def test_a_quantized_or_foreign_source_is_refused(source: Path, tmp_path: Path) -> None:
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.replace('"torch_dtype"', '"quantization_config": {"quant_method": "gptq"}, "torch_dtype"'))
+    with pytest.raises(UnsupportedModel, match="gptq"):
+        convert(source, TARGETS[0], tmp_path / "out")
+
+
+def test_memory_is_bounded_by_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of 32 MB goes through two threads' blocks of 4 MB, and 1 MB of Q8_0 each."""
+    config = tiny_checkpoint.dense(num_hidden_layers=1, vocab_size=1 << 16, torch_dtype="float32")
+    source = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config, "F32"), dtype="F32")
+    checkpoint, plan = check(source, Target("gguf", "q8_0"))
+    monkeypatch.setattr(gguf, "_BLOCK", 1 << 20)
+    monkeypatch.setattr(gguf.cpu, "cores", lambda: 2)
+    peaks: list[int] = []
+
+    def advance(_: str, __: int) -> None:
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+
+    tracemalloc.start()
+    gguf.write_gguf(checkpoint, plan, tmp_path / "out", advance, name="x")
+    tracemalloc.stop()
+    # The first covers the tokenizer, too.
+    assert 5e6 < max(peaks[1:]) < 24e6
