@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from qwen2_local.backends.base import Choice, Row
+from qwen2_local.engine import Engine, Request, Token
 from qwen2_local.errors import BackendError, BadFile, Cancelled, ContextOverflow, DoesNotFit, UnsupportedModel
+from qwen2_local.types import Sampling
 from tests.support import random_qwen2
 
 mlx = pytest.importorskip("qwen2_local.backends.mlx")
@@ -231,3 +233,21 @@ backend.step([Row(backend.open(), [1, 2], logits="last")])
 assert not {{"mlx_lm", "mlx.nn", "transformers", "llama_cpp"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_engine_drives_it_on_its_own_thread(folder: Path) -> None:
+    """MLX's arrays belong to a thread: loading, steps, a cancel and closing have to come together there."""
+    engine = Engine(lambda: mlx.load(folder, context=512))
+    request = Request(tuple(TOKENS), Sampling(temperature=0.8, seed=1), frozenset(), VOCABULARY, max_tokens=12)
+
+    def reply() -> list[int]:
+        return [event.id for event in engine.generate(request) if isinstance(event, Token)]
+
+    first = reply()
+    assert len(first) == 12
+    left = engine.generate(Request(tuple(TOKENS), Sampling(), frozenset(), VOCABULARY))
+    while not isinstance(next(left), Token):
+        pass
+    left.close()  # type: ignore[attr-defined]
+    assert reply() == first
+    engine.close()
