@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 
 from qwen2_converters.convert import convert
+from qwen2_converters.keys import gguf_keys
 from qwen2_converters.target import Target
 from qwen2_local import backends
 from qwen2_local.backends import llamalib
 from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.formats.checkpoint import Checkpoint
+from qwen2_local.formats.config import parse_config
 from qwen2_local.generation import from_gguf
 from qwen2_local.tokens import Tokenizer
 from qwen2_local.types import Sampling
-from tests.support import random_qwen2, small_tokenizer, tiny_checkpoint
+from tests.support import qwen2_vocabulary, random_qwen2, small_tokenizer, tiny_checkpoint
 from tests.support.random_qwen2 import Weights
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}
@@ -166,3 +170,18 @@ def test_tokenizer_keys(tmp_path: Path) -> None:
     assert (ours.size, ours.special) == (theirs.size, theirs.special)
     sampling = from_gguf(keys, ours.special).sampling
     assert sampling == Sampling(float32(0.7), float32(0.8), 20, float32(1.05))
+
+
+@pytest.mark.skipif(qwen2_vocabulary.vocabulary_file() is None, reason="the package dashscope, which carries the vocabulary, is missing")
+def test_the_real_tokenizer(tmp_path: Path) -> None:
+    """The keys of the official 0.5B file, as llama.cpp's script makes them; no weights are needed."""
+    qwen2_vocabulary.write_real_tokenizer(tmp_path)
+    raw = tiny_checkpoint.dense(vocab_size=qwen2_vocabulary.EMBEDDINGS, bos_token_id=151643, eos_token_id=151645)
+    checkpoint = Checkpoint(tmp_path, "hf", parse_config(raw, tmp_path), raw, {}, ())
+    ours = gguf_keys(checkpoint, Target("gguf", "q4_0"), "Qwen2-0.5B-Instruct")
+    # The files of 2024 call padding user-defined; llama.cpp's script has called it unused since.
+    types = [1] * 151643 + [3] * 3 + [5] * (qwen2_vocabulary.EMBEDDINGS - qwen2_vocabulary.TOKENS)
+    for key, value in (qwen2_vocabulary.gguf_keys() | {"tokenizer.ggml.token_type": types}).items():
+        assert (list(ours[key]) if isinstance(ours[key], array) else ours[key]) == value, key
+    assert ours["tokenizer.chat_template"] == qwen2_vocabulary.TEMPLATE
+    assert ours["general.sampling.penalty_repeat"] == 1.1
