@@ -21,8 +21,10 @@ from qwen2_local.sampling import choose
 
 STEP_TOKENS = 512
 
-_GPU_SPEED, _CPU_SPEED = 1e12, 1e9
-"""Weights times tokens per second, of the slowest devices we expect (ran: 1e9 on one core of a Xeon, where MLX has no fast CPU kernels)."""
+_GPU_SPEED, _CPU_SPEED = 1e12, 5e8
+"""Weights times tokens per second, of slow devices. Ran: 1e9 on an idle core of a Xeon, 3e8 on a busy one, for one token as for many (MLX has
+no fast CPU kernels), so that small steps cost nothing there. The GPU's is a guess from the published speed of the first M1.
+"""
 
 _CANCEL_S = 0.15
 """A layer of a step takes no longer than about this, so that a cancel waits no longer."""
