@@ -1,8 +1,11 @@
 """Makes what the backends read out of a Qwen2 checkpoint as Hugging Face publishes it: a GGUF file for llama.cpp, a folder for MLX.
 
-    convert   the whole way: checks, disk, writing, publishing      plan    what will be written, as plain data, before any weight is read
-    target    what to make ("gguf:q4_0", "mlx:4bit")                blocks  moves rows of weights from file to file, in bounded memory
-    gguf      writes a GGUF file; keys, mix, ggml serve it          mlx     writes an MLX folder
+    convert   the whole way: checks, disk, writing, publishing      install   the same into the store, with a manifest
+    target    what to make ("gguf:q4_0", "mlx:4bit")                plan      what will be written, before any weight is read
+    gguf      writes a GGUF file; keys, mix and ggml serve it       mlx       writes an MLX folder
+    blocks    moves weights from file to file in bounded memory     publish   whole or not at all
+    companions   the small files beside the weights
 
-The API and the command line call `convert` when they need it; nothing here is imported before. No conversion touches the network.
+The API and the command line call `convert` and `install` when they need them; `target` and `plan` are cheap to import. No conversion
+touches the network, runs code of a checkpoint, or copies any.
 """
