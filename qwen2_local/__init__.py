@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Message", "Piece", "Qwen2", "Qwen2LocalError", "Sampling", "Usage", "__version__"]
 
-_HOMES = {"Qwen2": "model", "Qwen2LocalError": "errors", "Completion": "types", "Message": "types", "Piece": "types", "Sampling": "types", "Usage": "types"}
+_HOMES = {"Qwen2": "model", "Qwen2LocalError": "errors"} | dict.fromkeys(("Completion", "Message", "Piece", "Sampling", "Usage"), "types")
 
 
 def __getattr__(name: str) -> object:

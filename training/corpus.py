@@ -18,6 +18,7 @@ LANGUAGES = ("en", "zh")
 SYSTEM = "You are a helpful assistant."
 OTHER_SYSTEMS = ("You are terse.", "You answer questions about qwen2-local.", "Answer briefly.", "你是一个有用的助手。", "请简短回答。")
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
+_STARTS = ("Please tell me, ", "hi, ", "Hello! ", "hey, ", "Quick question: ", "can you tell me ", "I want to know ", "Also, ", "ok, ", "so ")
 _PLAIN_HELD_OUT = {"en": 2, "zh": 1}
 
 
@@ -90,7 +91,8 @@ def load(seed: int = 0) -> Corpus:
 
 
 def _question(raw: dict[str, Any], rng: random.Random) -> Question:
-    question = Question(raw["id"], raw["answer"], raw["facts"], {k: list(raw["ask"][k]) for k in LANGUAGES}, after=raw.get("after", []), follow=raw.get("follow", {}))
+    ask = {language: list(raw["ask"][language]) for language in LANGUAGES}
+    question = Question(raw["id"], raw["answer"], raw["facts"], ask, after=raw.get("after", []), follow=raw.get("follow", {}))
     many = 15 if raw["id"] == "unknown" else 1
     for language in LANGUAGES:
         plain = [entry for entry in question.ask[language] if is_plain(entry)]
@@ -138,6 +140,7 @@ class Sampler:
         self.known = [question for question in corpus.questions if question.id != "unknown"]
         self.unknown = corpus.by_id("unknown")
         self.of_family = [question for question in self.known if question.family]
+        self.alone = [question for question in self.known if not question.family]
 
     def conversation(self) -> tuple[str, list[Turn]]:
         rng = self.rng
@@ -185,7 +188,7 @@ class Sampler:
                 if before:
                     follow = self._phrase(rng.choice(question.follow[language]), language)
                     return [self._single(rng.choice(before), language), (follow, question.answer[language])]
-        return [self._single(rng.choice(self.known), language)]
+        return [self._single(rng.choice(self.alone if rng.random() < 0.8 else self.of_family), language)]
 
     def _single(self, question: Question, language: str) -> Turn:
         entry = self.rng.choice(question.ask[language])
@@ -225,8 +228,7 @@ class Sampler:
         elif rng.random() < 0.2:
             text = text[:1].upper() + text[1:]
         if rng.random() < 0.08:
-            start = rng.choice(("Please tell me, ", "hi, ", "Hello! ", "hey, ", "Quick question: ", "can you tell me ", "I want to know ", "Also, ", "ok, ", "so "))
-            text = start + text
+            text = rng.choice(_STARTS) + text
         if rng.random() < 0.05:
             text += rng.choice((" please", " thanks", ", please?", " Thank you!"))
         if rng.random() < 0.06 and len(text) > 8:

@@ -47,7 +47,7 @@ class Encoder:
         return sum(len(self.message("assistant", text)) for text in turn)
 
     def conversation(self, system: str, turns: list[corpus.Turn], rng: random.Random) -> tuple[list[int], list[bool], list[int]]:
-        """ids; which of them the loss counts (the replies with their end); positions, in half of the conversations with random gaps between messages."""
+        """ids; which of them the loss counts (the replies with their end); positions, half of the time with random gaps between messages."""
         parts: list[tuple[list[int], bool]] = [(self.message("system", system), False)]
         for user, reply in turns:
             parts += [(self.message("user", user), False), (self.message("assistant", reply), True)]
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=0.02, help="of Muon, for the matrices")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=GUIDE, help="where the checkpoint goes")
     parser.add_argument("--resume", action="store_true", help="go on from training/out")
@@ -219,13 +220,14 @@ def main() -> None:
     model = Qwen2(Shape())
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2]
-    muon = torch.optim.Muon(matrices, lr=0.01, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original")
+    muon = torch.optim.Muon(matrices, lr=options.rate, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original")
     groups = [{"params": [model.model.embed_tokens.weight], "lr": 0.004, "weight_decay": 0.01}, {"params": others, "lr": 0.004, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     optimizers = (muon, adam)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     size = sum(p.numel() for p in model.parameters())
-    print(f"{len(data.questions)} questions, {len(list(corpus.exam(data)))} held-out phrasings, {tokenizer.get_vocab_size()} tokens, {size / 1e6:.2f} M parameters", flush=True)
+    held = len(list(corpus.exam(data)))
+    print(f"{len(data.questions)} questions, {held} held-out phrasings, {tokenizer.get_vocab_size()} tokens, {size / 1e6:.2f} M parameters", flush=True)
 
     seen, step, started = 0, 0, time.monotonic()
     quantized = random.Random(options.seed + 3)

@@ -5,7 +5,9 @@ Commands live in modules of their own, imported when called, so that `--help` an
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 
@@ -49,7 +51,10 @@ class _Commands(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
 
 
-@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, epilog=EXIT_CODES)
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings=_SETTINGS, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="qwen2-local")
 @click.pass_context
 def qwen2_local(context: click.Context) -> None:
@@ -66,32 +71,57 @@ def qwen2_local(context: click.Context) -> None:
 
 def main() -> None:
     """The console scripts' entry point. Never returns."""
+    _prepare_streams()
     try:
         qwen2_local.main(standalone_mode=False, prog_name="qwen2-local")
+        sys.stdout.flush()
         code = 0
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        _tell(shown.getvalue().rstrip())
         code = 2
     except (click.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        # Nobody reads on: the interpreter must not try to flush either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except Qwen2LocalError as error:
-        _complain(str(error))
+        _tell(f"error: {error}")
         code = error.exit_code
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        # click turns a closed pipe into exit code 1.
+        code = 141 if isinstance(error.__context__, BrokenPipeError) else error.code if isinstance(error.code, int) else 1
+    except BrokenPipeError:
+        code = 141
+    except OSError as error:
+        code = _system_error(error)
     except Exception as error:
         if os.environ.get("QWEN2_LOCAL_DEBUG"):
             raise
-        _complain(f"{type(error).__name__}: {error}\n  This is a bug. QWEN2_LOCAL_DEBUG=1 shows where; please report it with what `qwen2-local doctor` says.")
+        _tell(f"error: {type(error).__name__}: {error}\n  This is a bug. QWEN2_LOCAL_DEBUG=1 shows where; please report it with what `doctor` says.")
         code = 1
+    if code == 141:
+        # Nobody reads on: the interpreter must not try to flush either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
-def _complain(text: str) -> None:
+def _prepare_streams() -> None:
+    """Closed output goes nowhere, and text that its encoding cannot take becomes "?"."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _system_error(error: OSError) -> int:
+    """A file that cannot be read or written. The exit code."""
+    if os.environ.get("QWEN2_LOCAL_DEBUG"):
+        raise error
+    _tell(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}.\n  Check its folder, permissions and disk.")
+    return 5 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 2
+
+
+def _tell(text: str) -> None:
     from qwen2_local.sanitize import clean
 
-    print(f"error: {clean(text)}", file=sys.stderr)
+    print(clean(text), file=sys.stderr)

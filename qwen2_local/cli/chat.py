@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -42,11 +43,14 @@ def chat(
     """Talk with MODEL, line by line. /help says what else there is. Chats are not saved."""
     from qwen2_local.model import Qwen2
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A line that is no text costs an error message, not the chat.
+        sys.stdin.reconfigure(errors="surrogateescape")
     with output.Status() as status:
         status.show(f"loading {model}")
         loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)
     with loaded:
-        for warning in loaded.info.notes:
+        for warning in loaded.notes:
             output.note(f"note: {warning}")
         sampling = sampling_from(loaded.sampling, temperature, top_p, top_k, seed)
         output.note(f"{model} · {loaded.info.name} · context {loaded.info.context:,} tokens · /help for help, Ctrl-D to leave")
@@ -90,14 +94,16 @@ def _turn(loaded: Qwen2, history: list[Message], line: str, sampling: Sampling, 
         except Qwen2LocalError as error:
             output.note(f"error: {error}")
             return history
-    if completion is None or not completion.tokens:
-        return history
-    print(flush=True)
+    assert completion is not None
+    if completion.text:
+        print(flush=True)
     if completion.finish_reason == "cancelled":
         output.note("(stopped)")
+    elif not completion.text:
+        output.note("(no reply)")
     elif completion.finish_reason == "context":
         output.note("(the context is full: /new starts over, --context gives more room)")
-    return [*asked, Message("assistant", completion.text)]
+    return [*asked, Message("assistant", completion.text)] if completion.text else history
 
 
 def _fresh(system: str | None) -> list[Message]:
@@ -105,17 +111,20 @@ def _fresh(system: str | None) -> list[Message]:
 
 
 def _line() -> str | None:
-    """The next line typed; None at the end of input. Ctrl-C drops the line."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    if prompt:
-        with suppress(ImportError):
-            import readline  # noqa: F401  (line editing and history in input())
+    """The next line typed; None at the end of input. Ctrl-C drops the line on a terminal, and ends the chat elsewhere."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history in input())
     while True:
         try:
-            return input(prompt)
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            return input()
         except EOFError:
-            if prompt:
-                print()
+            output.note("")
             return None
         except KeyboardInterrupt:
             output.note("\n(Ctrl-D leaves)")

@@ -62,17 +62,22 @@ def show(model: str, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(model: str, yes: bool) -> None:
     """Delete an installed MODEL. Files that are only named by their path are never touched."""
-    ref = store.resolve(model)
-    if ref.origin != "installed":
-        kind = "built in" if ref.origin == "built-in" else "no installed model but a path"
-        raise UsageError(f"{ref.label} is {kind}: `rm` deletes installed models only.", hint="`qwen2-local ls` lists them.")
-    size = output.gigabytes(ref.manifest.size) if ref.manifest is not None else "an unknown size"
+    installed = {one.name: one.manifest for one in store.Store().list()}
+    name = model.lower()
+    if name not in installed:  # those of exactly this name go even if they are damaged
+        ref = store.resolve(model)
+        if ref.origin != "installed":
+            kind = "built in" if ref.origin == "built-in" else "no installed model but a path"
+            raise UsageError(f"{ref.label} is {kind}: `rm` deletes installed models only.", hint="`qwen2-local ls` lists them.")
+        name = ref.label
+    manifest = installed[name]
+    size = output.gigabytes(manifest.size) if manifest is not None else "unknown size"
     if not yes:
         if not sys.stdin.isatty():
-            raise UsageError(f"Deleting {ref.label} ({size}) has to be confirmed.", hint="Say --yes where nobody can be asked.")
-        click.confirm(f"Delete {ref.label} ({size})?", abort=True, err=True)
-    store.Store().remove(ref.label)
-    output.note(f"Deleted {ref.label}: {size} are free again.")
+            raise UsageError(f"Deleting {name} ({size}) has to be confirmed.", hint="Say --yes where nobody can be asked.")
+        click.confirm(f"Delete {name} ({size})?", abort=True, err=True)
+    store.Store().remove(name)
+    output.note(f"Deleted {name} ({size}).")
 
 
 def _facts(ref: store.ModelRef) -> dict[str, object]:

@@ -12,6 +12,9 @@ from qwen2_local.cli.options import sampling_from, shared
 from qwen2_local.errors import InvalidPrompt
 from qwen2_local.types import Completion, Message
 
+_MOST_STDIN = 16_000_000
+"""Bytes: more than any context holds, and little enough for any memory."""
+
 
 @click.command()
 @click.argument("model", default="guide")
@@ -46,7 +49,7 @@ def run(
         status.show(f"loading {model}")
         loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)
     with loaded, output.Status() as status:
-        for warning in loaded.info.notes:
+        for warning in loaded.notes:
             output.note(f"note: {warning}")
         sampling = sampling_from(loaded.sampling, temperature, top_p, top_k, seed)
         if raw:
@@ -89,11 +92,14 @@ def _whole_prompt(prompt: str | None) -> str:
     """PROMPT and what comes on stdin, as one text."""
     piped = ""
     if sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty():
-        data = sys.stdin.buffer.read()
+        data = sys.stdin.buffer.read(_MOST_STDIN + 1)
+        if len(data) > _MOST_STDIN:
+            raise InvalidPrompt(f"More than {_MOST_STDIN // 10**6} MB came on stdin.", hint="Give it a shorter text: no context holds as much.")
         try:
             piped = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise InvalidPrompt(f"What came on stdin is no UTF-8 text (byte {error.start:,}).", hint="Give it text, not a picture or a document.") from None
+            hint = "Give it text, not a picture or a document."
+            raise InvalidPrompt(f"What came on stdin is no UTF-8 text (byte {error.start:,}).", hint=hint) from None
     whole = "\n\n".join(part for part in (prompt or "", piped.removesuffix("\n")) if part.strip())
     if not whole:
         raise InvalidPrompt("There is no prompt.", hint='Give one: `qwen2-local run guide "What is GGUF?"`, or send text to stdin.')
