@@ -141,6 +141,26 @@ def test_a_seed_means_what_the_reference_says(backend: Any) -> None:
     assert len(set(chosen)) > 3
 
 
+@pytest.mark.parametrize("limit", [1, 5, 8, 100])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1, 3, 2, 3, -1, 3, 0, 9],
+        [-1, -np.inf, -2, -3, -1, 0, np.nan, 1],
+        [np.nan] + [0] * 7,
+        [0, 1, np.inf, 2, 0, 0, 0, 0],
+        [-np.inf] * 5 + [1, 2, 3],
+        [0] * 8,
+    ],
+)
+def test_greedy_on_the_device_is_the_reference(row: list[float], limit: int) -> None:
+    import mlx.core as mx
+
+    other = np.arange(8, dtype=np.float32)
+    logits = np.array([other, row], np.float32)
+    assert mlx._greedy(mx.array(logits), {1: Choice(limit), 0: Choice(3)}) == {1: choose(logits[1], Choice(limit)), 0: 2}
+
+
 def generate(backend: Any, choice: Callable[[int], Choice], count: int = 20) -> list[int]:
     sequence, tokens, chosen = backend.open(), TOKENS, []
     for position in range(len(TOKENS), len(TOKENS) + count):
