@@ -1,17 +1,17 @@
 """Every error a caller can see. Each says what is wrong, where, and what to do next.
 
-    Qwen2LocalError                 exit code 1
-     ├─ UsageError                  2   the request itself is wrong
-     │   ├─ UnknownModel
-     │   ├─ InvalidSampling
-     │   └─ InvalidPrompt
-     ├─ BadFile                     3   a file is damaged, hostile or not what it claims to be
-     │   └─ UnsupportedModel            a sound file, of an architecture or kind that we do not run
-     ├─ BackendError                4   a backend is missing, crashed or computed nonsense
-     │   └─ BackendUnavailable
-     ├─ DoesNotFit                  5   memory, disk or context
-     │   └─ ContextOverflow
-     └─ Cancelled                   130 stopped by the caller
+Qwen2LocalError                 exit code 1
+ ├─ UsageError                  2   the request itself is wrong
+ │   ├─ UnknownModel
+ │   ├─ InvalidSampling
+ │   └─ InvalidPrompt
+ ├─ BadFile                     3   a file is damaged, hostile or not what it claims to be
+ │   └─ UnsupportedModel            a sound file, of an architecture or kind that we do not run
+ ├─ BackendError                4   a backend is missing, crashed or computed nonsense
+ │   └─ BackendUnavailable
+ ├─ DoesNotFit                  5   memory, disk or context
+ │   └─ ContextOverflow
+ └─ Cancelled                   130 stopped by the caller
 """
 
 from __future__ import annotations

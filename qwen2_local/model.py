@@ -1,15 +1,18 @@
 """The public API: a Qwen2 model that answers.
 
-    with Qwen2("guide") as model:
-        print(model.ask("What is GGUF?"))
-        for piece in model.stream("And MLX?"):
-            print(piece.text, end="", flush=True)
+with Qwen2("guide") as model:
+    print(model.ask("What is GGUF?"))
+    for piece in model.stream("And MLX?"):
+        print(piece.text, end="", flush=True)
 """
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +31,7 @@ Progress = Callable[[int, int], None]
 class Stream:
     """A reply as it comes: iterate for `Piece`s; afterwards `completion` holds the whole. Closing it early stops the work.
 
-    `completion` is there also after an early `close`, then with the finish_reason "cancelled".
+    `completion` is there also after an early `close`, then with the finish_reason "cancelled" and what came until then.
     """
 
     def __init__(self, pieces: Generator[Piece, None, Completion], partial: Callable[[], Completion]) -> None:
@@ -44,7 +47,8 @@ class Stream:
             return next(self._pieces)
         except StopIteration as end:
             if self.completion is None:
-                self.completion = end.value
+                # Without a value where an error, a Ctrl-C say, has ended it before.
+                self.completion = end.value or self._partial()
             raise StopIteration from None
 
     def close(self) -> None:
@@ -68,12 +72,22 @@ class _Tally:
     prompt: int
     cached: int = 0
     text: str = ""
+    tokens: list[int] = field(default_factory=list)
     reason: FinishReason = "cancelled"
+    began: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.tokens: list[int] = []
+    def add(self, token: int, text: str) -> Piece:
+        """One more token. The times hold for a reply that its reader stops; the engine tells the times of others."""
+        since = time.perf_counter() - self.began
+        if self.tokens:
+            self.decode_s = since - self.prefill_s
+        else:
+            self.prefill_s = since
+        self.tokens.append(token)
+        self.text += text
+        return Piece(text, token)
 
     def completion(self) -> Completion:
         usage = Usage(self.prompt, self.cached, len(self.tokens), self.prefill_s, self.decode_s)
@@ -93,11 +107,18 @@ class Qwen2:
         """
         self._opened: Opened = open_model(name, backend=backend, context=context, report=report)
         self._engine = Engine(self._opened.load)
+        # Also when it is forgotten, or the program ends: native code must not be at work while the interpreter goes down.
+        weakref.finalize(self, self._engine.close)
 
     @property
     def info(self) -> BackendInfo:
         """What was loaded, and by which backend."""
         return self._engine.info
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that a user should see once: why it is slow, or nothing can be kept."""
+        return self._opened.notes + self.info.notes
 
     @property
     def sampling(self) -> Sampling:
@@ -121,16 +142,14 @@ class Qwen2:
         """
         return self._generate(render(self._opened.tokenizer, messages), self._opened.stops, sampling, max_tokens, progress)
 
-    def complete(
-        self, text: str, *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
-    ) -> Stream:
+    def complete(self, text: str, *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None) -> Stream:
         """Plain continuation of `text`, without a chat template: for base models. Iterate it, or call `finish`."""
         if not text:
             raise InvalidPrompt("There is nothing to continue: the text is empty.", hint="Give some text.")
         return self._generate(self._opened.tokenizer.encode(text), self._opened.stops, sampling, max_tokens, progress)
 
     def close(self) -> None:
-        """Free the model. Idempotent."""
+        """Free the model; replies under way end as cancelled. Idempotent."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -142,8 +161,9 @@ class Qwen2:
     def _generate(
         self, prompt: Sequence[int], stops: frozenset[int], sampling: Sampling | None, max_tokens: int | None, progress: Progress | None
     ) -> Stream:
-        if max_tokens is not None and (isinstance(max_tokens, bool) or max_tokens < 1):
-            raise UsageError(f"max_tokens is {max_tokens!r}, but has to be at least 1.")
+        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+            hint = "Leave it out for as much as the context holds."
+            raise UsageError(f"max_tokens is {max_tokens!r}, but has to be a whole number, at least 1.", hint=hint)
         tokenizer = self._opened.tokenizer
         request = Request(tuple(prompt), sampling or self.sampling, stops, min(tokenizer.size, self.info.vocabulary), max_tokens)
         tally = _Tally(len(prompt))
@@ -151,19 +171,18 @@ class Qwen2:
 
     def _pieces(self, request: Request, tally: _Tally, progress: Progress | None) -> Generator[Piece, None, Completion]:
         text = TextStream()
-        for event in self._engine.generate(request):
-            match event:
-                case Token(token):
-                    piece = text.push(self._opened.tokenizer.token_bytes(token))
-                    tally.tokens.append(token)
-                    tally.text += piece
-                    yield Piece(piece, token)
-                case Prefilled(done, total, cached):
-                    tally.cached = cached
-                    if progress is not None:
-                        progress(done, total)
-                case Finished(reason, prefill_s, decode_s):
-                    tally.reason, tally.prefill_s, tally.decode_s = reason, prefill_s, decode_s
+        tally.began = time.perf_counter()
+        with closing(self._engine.generate(request)) as events:
+            for event in events:
+                match event:
+                    case Token(token):
+                        yield tally.add(token, text.push(self._opened.tokenizer.token_bytes(token)))
+                    case Prefilled(done, total, cached):
+                        tally.cached = cached
+                        if progress is not None:
+                            progress(done, total)
+                    case Finished(reason, prefill_s, decode_s):
+                        tally.reason, tally.prefill_s, tally.decode_s = reason, prefill_s, decode_s
         rest = text.finish()
         if rest:
             # Bytes of a character that never came whole.

@@ -98,8 +98,10 @@ def main() -> None:
             raise
         _tell(f"error: {type(error).__name__}: {error}\n  This is a bug. QWEN2_LOCAL_DEBUG=1 shows where; please report it with what `doctor` says.")
         code = 1
-    if code == 141:
-        # Nobody reads on: the interpreter must not try to flush either.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The interpreter would try again at its end, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
