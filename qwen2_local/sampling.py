@@ -28,7 +28,7 @@ def choose(logits: npt.NDArray[np.float32], choice: Choice) -> int:
     if choice.repetition_penalty != 1.0 and len(choice.penalized):
         scores = scores.copy()
         ids = np.asarray(choice.penalized, dtype=np.intp)
-        ids = ids[ids < choice.limit]
+        ids = ids[ids < scores.size]
         seen = scores[ids]
         scores[ids] = np.where(seen > 0, seen / choice.repetition_penalty, seen * choice.repetition_penalty)
     best = int(scores.argmax())
@@ -48,7 +48,8 @@ def choose(logits: npt.NDArray[np.float32], choice: Choice) -> int:
     if choice.top_k > 0:
         order = order[: choice.top_k]
     ids, kept = ids[order], kept[order]
-    weights = np.exp((kept - kept[0]) / choice.temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature: minus infinity is right
+        weights = np.exp((kept - kept[0]) / choice.temperature)
     cumulative = np.cumsum(weights)
     if choice.top_p < 1.0:
         last = int(np.searchsorted(cumulative, choice.top_p * cumulative[-1], side="left"))

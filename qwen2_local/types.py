@@ -37,19 +37,19 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0.0, 100.0)
-        _require("top_p", self.top_p, 0.0, 1.0, above=True)
-        _require("top_k", self.top_k, 0, 1_000_000)
-        _require("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _require("temperature", self.temperature, 0, 100)
+        _require("top_p", self.top_p, 0, 1, above=True)
+        _require("top_k", self.top_k, 0, 1_000_000, whole=True)
+        _require("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
         if self.seed is not None:
-            _require("seed", self.seed, 0, 2**64 - 1)
+            _require("seed", self.seed, 0, 2**64 - 1, whole=True)
 
 
-def _require(name: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _require(name: str, value: float, low: float, high: float, *, above: bool = False, whole: bool = False) -> None:
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value > high or value < low or (above and value == low):
-        start = "above" if above else "from"
-        raise InvalidSampling(f"{name} is {value!r}, but has to be a number {start} {low:g} to {high:g}.", hint="See `qwen2-local run --help`.")
+        kind, start = "whole number" if whole else "number", "above" if above else "from"
+        raise InvalidSampling(f"{name} is {value!r}, but has to be a {kind} {start} {low} to {high:,}.", hint="See `qwen2-local run --help`.")
 
 
 @dataclass(frozen=True, slots=True)
