@@ -19,6 +19,8 @@ MAX_CONFIG = 4_000_000
 """Bytes of config.json that are read at most (MLX's per-layer recipes make it large)."""
 
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
+_YARN_USUAL = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
+"""Values that YaRN has in every Qwen2; the backends compute no others."""
 _MLX_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 
@@ -165,6 +167,9 @@ def _rope(fields: _Fields, declared: int) -> tuple[float, Yarn | None]:
         return theta, None
     if kind != "yarn":
         raise _unsupported(fields.path, f"has the RoPE scaling {kind[:40]!r} ({where})", "Only YaRN is known for Qwen2.")
+    for name, usual in _YARN_USUAL.items():
+        if scaling.raw.get(name) not in (None, usual):
+            raise _unsupported(fields.path, f"has the unusual YaRN setting {where}.{name}", "Leave it out, or set Qwen2's own values.")
     factor = scaling.number("factor", 1.0, 1000.0)
     return theta, Yarn(factor, scaling.count("original_max_position_embeddings", 1 << 24, default=declared))
 

@@ -49,6 +49,14 @@ def test_yarn_of_transformers_4_lengthens_the_context():
     assert parse(rope_scaling=None).yarn is None
 
 
+@pytest.mark.parametrize("setting", [{"attention_factor": 1.5}, {"beta_fast": 16}, {"beta_slow": 2}, {"mscale": 0.7}, {"truncate": False}])
+def test_yarn_settings_that_no_backend_computes_are_refused_by_name(setting):
+    usual = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1}
+    assert parse(rope_scaling=usual).yarn == Yarn(4.0, 256)
+    with pytest.raises(UnsupportedModel, match=next(iter(setting))):
+        parse(rope_scaling=usual | setting)
+
+
 def test_eos_may_be_one_many_or_none():
     assert parse(eos_token_id=[1, 2]).eos == (1, 2)
     assert parse(eos_token_id=None).eos == ()
