@@ -227,7 +227,8 @@ def main() -> None:
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     size = sum(p.numel() for p in model.parameters())
     held = len(list(corpus.exam(data)))
-    print(f"{len(data.questions)} questions, {held} held-out phrasings, {tokenizer.get_vocab_size()} tokens, {size / 1e6:.2f} M parameters", flush=True)
+    tokens = tokenizer.get_vocab_size()
+    print(f"{len(data.questions)} questions, {held} held-out phrasings, {tokens} tokens, {size / 1e6:.2f} M parameters", flush=True)
 
     seen, step, started = 0, 0, time.monotonic()
     quantized = random.Random(options.seed + 3)
