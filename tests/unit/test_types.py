@@ -18,8 +18,10 @@ def test_greedy_is_the_default() -> None:
 
 @pytest.mark.parametrize(
     "edge",
-    [{"temperature": 0}, {"temperature": 100}, {"top_p": 1}, {"top_p": 1e-9}, {"top_k": 0}, {"top_k": 1_000_000}]
-    + [{"repetition_penalty": 1e-9}, {"repetition_penalty": 100}, {"seed": 0}, {"seed": 2**64 - 1}],
+    [
+        *({"temperature": 0}, {"temperature": 100}, {"top_p": 1}, {"top_p": 1e-9}, {"top_k": 0}, {"top_k": 1_000_000}),
+        *({"repetition_penalty": 1e-9}, {"repetition_penalty": 100}, {"seed": 0}, {"seed": 2**64 - 1}),
+    ],
     ids=str,
 )
 def test_values_at_the_edge_are_allowed(edge: dict) -> None:
