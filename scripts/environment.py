@@ -107,6 +107,10 @@ class Environment:
         sync += ["--inexact"]  # uv itself stays
         sync += ["--extra", "mlx"] if dev else ["--no-dev"]
         code, said = self._run("fetching libraries; llama.cpp is built for this CPU (some minutes, once)", *sync)
+        if code and "UnknownIssuer" in said:
+            # A company's proxy, known to the system. pip trusts those by itself.
+            os.environ["UV_SYSTEM_CERTS"] = "1"
+            code, said = self._run("again, with the system's certificates", *sync)
         if code == 0:
             return True
         if "Failed to build" not in said or "llama-cpp-python" not in said:

@@ -150,6 +150,14 @@ def test_other_faults_of_uv_are_no_fault_of_a_compiler(checkout: Path, monkeypat
     assert not place.ready()
 
 
+def test_certificates_that_only_the_system_knows(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_SYSTEM_CERTS", "")  # so that it is as before afterwards
+    monkeypatch.setenv("FAKE_UV_FAULT", "cause: invalid peer certificate: UnknownIssuer")
+    (checkout / ".venv/bin/uv").write_text(FAKE_UV.replace('test -n "$FAKE_UV_FAULT"', 'test -z "$UV_SYSTEM_CERTS"'))
+    environment.Environment(checkout).set_up()
+    assert len(calls(checkout)) == 2
+
+
 def pips(monkeypatch: pytest.MonkeyPatch, inside: bool, outside: bool) -> list[tuple[str, ...]]:
     """Stand-ins for pip; gives the steps that are run."""
     steps: list[tuple[str, ...]] = []
