@@ -64,6 +64,8 @@ def open_model(name: str, *, backend: str | None = None, context: int | None = N
     """
     if context is not None and context < 1:
         raise UsageError(f"The context is {context}, but has to be at least 1 token.")
+    if backend is not None and backend not in backends.NAMES:
+        raise UsageError(f"There is no backend named {backend!r}.", hint=f"The backends are: {', '.join(backends.NAMES)}.")
     ref = _guide(name) or resolve(name)
     if ref.format == "hf":
         return _open_converted(ref, context, backend, report)

@@ -522,16 +522,9 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
         from tests.unit.test_engine import request
         engine = Engine(lambda: Scripted(context=100_000))
     """
-    program = textwrap.dedent(start) + textwrap.dedent(code)
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    command = [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
 
 
 def test_a_fork_gets_an_error_and_no_hang() -> None:
