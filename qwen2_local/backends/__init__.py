@@ -18,7 +18,7 @@ from qwen2_local.errors import BackendUnavailable
 _BACKENDS = {
     # name: (the library it needs, our module)
     "mlx": ("mlx", "qwen2_local.backends.mlx"),
-    "llama.cpp": ("llama_cpp", "qwen2_local.backends.llamacpp"),
+    "llama.cpp": ("llama_cpp", "qwen2_local.backends.checked"),
 }
 
 NAMES = tuple(_BACKENDS)

@@ -28,14 +28,6 @@ _NO_SLOT, _ABORTED, _NO_MEMORY = 1, 2, -2
 _REPORT = "Try again; if it stays, run `qwen2-local doctor`."
 
 
-def load(path: Path, *, context: int, sequences: int) -> LlamaCpp:
-    """Load a GGUF file, in safe mode if the library failed its self-test on this machine."""
-    from qwen2_local.backends import selftest
-
-    verdict = selftest.verdict()
-    return LlamaCpp.load(path, context=context, sequences=sequences, safe=verdict.safe, notes=verdict.notes)
-
-
 class LlamaCpp:
     """A loaded GGUF model; implements `base.Backend`. A failed or cancelled step leaves every sequence as it was."""
 
