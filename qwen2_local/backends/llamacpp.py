@@ -201,7 +201,7 @@ class LlamaCpp:
                 self._restore(rows)
                 raise BackendError(
                     f"The model computed values that are no numbers, at token {self._length(row.sequence) + len(row.tokens)}.",
-                    hint="Its file may be damaged: `qwen2-local verify`. If it is not, run `qwen2-local doctor`.",
+                    hint="Its file may be damaged: fetch or convert it again. If that does not help, run `qwen2-local doctor`.",
                 )
             results.append(RowResult(token, copied))
         return results
@@ -274,7 +274,7 @@ def _open_model(lib: Any, path: Path, safe: bool) -> Any:
         raise DoesNotFit(f"{path.name} does not fit into memory: {said}", hint="Choose a smaller model or quantization.")
     raise BadFile(
         f"llama.cpp cannot load {path.name}: {said or 'it does not say why'}",
-        hint="Check it with `qwen2-local verify`, or fetch it again.",
+        hint="Fetch or convert it again.",
     )
 
 
