@@ -221,7 +221,7 @@ def _results(model: Qwen2, rows: Sequence[Row], pieces: Sequence[Piece], hidden:
         if token == -1 or (given is not None and not np.isfinite(given).all()):
             raise BackendError(
                 f"The model computed values that are no numbers, at token {piece.start + piece.end - piece.begin}.",
-                hint="Its file may be damaged: `qwen2-local verify`. If it is not, run `qwen2-local doctor`.",
+                hint="Its file may be damaged: fetch or convert it again. If that does not help, run `qwen2-local doctor`.",
             )
         results.append(RowResult(token, given))
     return results
@@ -255,7 +255,7 @@ def _load_failed(checkpoint: Checkpoint, error: Exception) -> Qwen2LocalError:
             f"{checkpoint.folder} does not fit into memory: it holds {checkpoint.weight_bytes / 1e9:.1f} GB of weights ({error}).",
             hint="Choose a smaller model or quantization.",
         )
-    return BadFile(f"MLX cannot load {checkpoint.folder}: {error}", hint="Check it with `qwen2-local verify`, or fetch it again.")
+    return BadFile(f"MLX cannot load {checkpoint.folder}: {error}", hint="Fetch or convert it again.")
 
 
 def _step_failed(error: Exception) -> Qwen2LocalError:
