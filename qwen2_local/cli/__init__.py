@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+from typing import Any
 
 import click
 
@@ -32,8 +33,24 @@ Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model · 3 ba
 5 does not fit (memory, disk, context) · 130 stopped by Ctrl-C · 141 the reader of the output went away"""
 
 
+class _ReaderGone(Exception):
+    """Nobody reads the output. click would end with exit code 1 on the BrokenPipeError that this stands for."""
+
+
 class _Commands(click.Group):
     """Knows the commands' names and one-line helps without importing them."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGone from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -87,9 +104,8 @@ def main() -> None:
         _tell(f"error: {error}")
         code = error.exit_code
     except SystemExit as error:
-        # click turns a closed pipe into exit code 1.
-        code = 141 if isinstance(error.__context__, BrokenPipeError) else error.code if isinstance(error.code, int) else 1
-    except BrokenPipeError:
+        code = error.code if isinstance(error.code, int) else 1
+    except (_ReaderGone, BrokenPipeError):
         code = 141
     except OSError as error:
         code = _system_error(error)

@@ -46,6 +46,7 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A line that is no text costs an error message, not the chat.
         sys.stdin.reconfigure(errors="surrogateescape")
+    sampling_from(Sampling(), temperature, top_p, top_k, seed)  # what cannot be is refused before anything is loaded
     with output.Status() as status:
         status.show(f"loading {model}")
         loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)

@@ -10,7 +10,7 @@ import click
 from qwen2_local.cli import output
 from qwen2_local.cli.options import sampling_from, shared
 from qwen2_local.errors import InvalidPrompt
-from qwen2_local.types import Completion, Message
+from qwen2_local.types import Completion, Message, Sampling
 
 _MOST_STDIN = 16_000_000
 """Bytes: more than any context holds, and little enough for any memory."""
@@ -45,6 +45,7 @@ def run(
         raise click.UsageError("--system has no place in a --raw prompt: there is no chat template.")
     from qwen2_local.model import Qwen2
 
+    sampling_from(Sampling(), temperature, top_p, top_k, seed)  # what cannot be is refused before anything is loaded
     with output.Status() as status:
         status.show(f"loading {model}")
         loaded = Qwen2(model, backend=backend, context=context, report=status.bytes)
