@@ -213,6 +213,7 @@ def test_absurd_values_are_refused_before_anything_is_loaded() -> None:
     ("name", "says"),
     [
         ("gide", "Did you mean guide"),
+        ("guide:q9", "q4_0"),
         ("7b", "hf download"),
         ("0.5B-Instruct", "hf download"),
         ("qwen3", "0.5b"),
