@@ -84,9 +84,12 @@ def _turn(loaded: Qwen2, history: list[Message], line: str, sampling: Sampling, 
     with output.Status() as status:
         try:
             stream = loaded.chat(asked, sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
-            with suppress(KeyboardInterrupt):
+            try:
                 for piece in stream:
                     output.reply(piece.text)
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise  # a script is stopped, not one reply
             stream.close()
             completion = stream.completion
         except ContextOverflow as error:

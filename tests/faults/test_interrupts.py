@@ -152,6 +152,15 @@ def test_ctrl_c_while_stdin_is_awaited() -> None:
     assert out == ""
 
 
+def test_ctrl_c_ends_a_chat_that_reads_a_script() -> None:
+    process = start("chat", "guide", *WILD[1:], before=TELL_TOKENS)
+    assert process.stdin is not None
+    process.stdin.write("Hello\nHello again\n")
+    process.stdin.flush()
+    wait_for(process, "token", times=3)
+    interrupt(process)
+
+
 def conversions(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "cache" / "converted").iterdir() if not path.name.startswith("."))
 

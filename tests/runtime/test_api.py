@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -353,6 +355,19 @@ def test_a_model_that_is_forgotten_gives_its_thread_back(backend: str) -> None:
     del loaded
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_a_program_that_forgets_to_close_ends_quietly(backend: str) -> None:
+    code = f"""
+from qwen2_local import Qwen2
+next(Qwen2("guide", backend={backend!r}).complete("Qwen2"))
+kept = Qwen2("guide", backend={backend!r}, context=64)
+stream = kept.complete("Qwen2")
+next(stream)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 def test_quantized_guides_run(backend: str) -> None:
