@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ STEPS = (
 
 def main() -> int:
     """Runs every step, also after one has failed."""
+    # In the background of a shell script Ctrl-C is ignored, and every child would inherit that; some tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     started = time.monotonic()
     environment = Environment()
     try:
