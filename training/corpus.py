@@ -1,6 +1,7 @@
 """The guide's conversations: read from `guide/*.toml`, split into training phrasings and the held-out exam, sampled endlessly.
 
-Everything is decided by a seed. What is held out is whole entries: none of their words is trained on as a question.
+Everything is decided by a seed. What is held out is whole entries, and with them every entry that could read the same: no phrasing of
+the exam is ever trained on.
 """
 
 from __future__ import annotations
@@ -68,9 +69,23 @@ def is_plain(entry: str) -> bool:
     return not _CHOICE.search(entry)
 
 
+def readings(entry: str) -> Iterator[str]:
+    """Every reading of an entry, as `plain_form`s."""
+    match = _CHOICE.search(entry)
+    if not match:
+        yield plain_form(entry)
+        return
+    for alternative in match[1].split("|"):
+        yield from readings(entry[: match.start()] + alternative + entry[match.end() :])
+
+
+def plain_form(text: str) -> str:
+    """What is left of a phrasing when case, spaces and closing marks do not count: two with the same form are the same."""
+    return re.sub(r"\s+", " ", text).strip(" ?？.。!！").lower()
+
+
 def load(seed: int = 0) -> Corpus:
-    """Read the data and hold the exam out."""
-    rng = random.Random(seed)
+    """Read the data and hold the exam out. A question's share of the exam depends on the seed and its own entries only."""
     merged: dict[str, Any] = {"question": [], "family": [], "recall": [], "unknown_recall": []}
     for path in sorted((HERE / "guide").glob("*.toml")):
         if path.name == "sizes.toml":
@@ -81,10 +96,10 @@ def load(seed: int = 0) -> Corpus:
             else:
                 merged[key] = value
     sizes = tomllib.loads((HERE / "guide/sizes.toml").read_text(encoding="utf-8"))
-    questions = [_question(raw, rng) for raw in merged["question"]]
+    questions = [_question(raw, random.Random(f"{seed} {raw['id']}")) for raw in merged["question"]]
     families = {family["id"]: family for family in merged["family"]}
     for family in merged["family"]:
-        questions += _of_family(family, sizes, rng)
+        questions += _of_family(family, sizes, random.Random(f"{seed} {family['id']}"))
     size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
     unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
     return Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"])
@@ -102,7 +117,13 @@ def _question(raw: dict[str, Any], rng: random.Random) -> Question:
 
 def _hold_out(question: Question, language: str, entries: list[str]) -> None:
     question.held_out[language] = entries
-    question.ask[language] = [entry for entry in question.ask[language] if entry not in entries]
+    question.ask[language] = _without(question.ask[language], entries)
+
+
+def _without(entries: list[str], held: list[str]) -> list[str]:
+    """The entries of which no reading is held out."""
+    forms = {plain_form(entry) for entry in held}
+    return [entry for entry in entries if forms.isdisjoint(readings(entry))]
 
 
 def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random) -> list[Question]:
@@ -120,7 +141,7 @@ def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random
             f"{family['id']}-{size}",
             {language: fill(family["answer"][language], language) for language in LANGUAGES},
             {language: [fill(fact, language) for fact in family["facts"].get(language, family["facts"]["en"])] for language in LANGUAGES},
-            {language: [entry for entry in family["ask"][language] if entry not in held[language]] for language in LANGUAGES},
+            {language: _without(family["ask"][language], held[language]) for language in LANGUAGES},
             family=family["id"],
             size=size,
         )
@@ -149,7 +170,7 @@ class Sampler:
         draw = rng.random()
         if draw < 0.12:
             return system, self._recall(language, distance=rng.choice((0, 0, 1, 1, 2, 3, 5)))
-        if draw < 0.22:
+        if draw < 0.24:
             return system, [self._repeat(language)]
         turns: list[Turn] = []
         wanted = rng.choices((1, 2, 3, 4), (0.62, 0.2, 0.1, 0.08))[0]

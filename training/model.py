@@ -89,6 +89,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(shape.hidden, kv)
         self.o_proj = Linear(shape.hidden, shape.hidden, bias=False)
 
+    @torch.no_grad()
+    def look_back(self, theta: float, strength: float = 6.0, pairs: int = 8) -> None:
+        """Begin with a head that attends to the token before, by its biases alone: rotated, they agree best at a distance of one.
+
+        Copying grows from such a head; found by chance, it takes longer than the whole training.
+        """
+        half = self.shape.head_dim // 2
+        angles = theta ** (-torch.arange(pairs) / half)
+        self.k_proj.bias[:pairs] = strength
+        self.q_proj.bias[:pairs] = strength * angles.cos()
+        self.q_proj.bias[half : half + pairs] = -strength * angles.sin()
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, _ = x.shape
         s = self.shape
@@ -153,6 +165,8 @@ class Qwen2(nn.Module):
                 nn.init.normal_(parameter, std=scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for layer in self.model.layers[:2]:
+            layer.self_attn.look_back(shape.rope_theta)
         frequencies = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = torch.arange(shape.context)[:, None] * frequencies[None, :]
         self.register_buffer("cos", angles.cos(), persistent=False)

@@ -113,6 +113,19 @@ class Batches:
         return self.encoder.batch([row])
 
 
+def drill(rng: random.Random, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of copying and nothing else: random ids over and over, the loss on all but their first time."""
+    time = 128
+    ids = torch.zeros(tokens // time, time, dtype=torch.long)
+    targets = torch.full_like(ids, -1)
+    for row in range(len(ids)):
+        period = rng.randrange(4, 48)
+        once = torch.tensor(rng.choices(range(vocabulary), k=period))
+        ids[row] = once.repeat(time // period + 1)[:time]
+        targets[row, period - 1 : -1] = ids[row, period:]
+    return ids, torch.arange(time).expand_as(ids), targets
+
+
 def loss_of(model: Qwen2, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(ids, positions).flatten(0, 1)
@@ -196,7 +209,7 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=10_500_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.02, help="of Muon, for the matrices")
@@ -227,8 +240,8 @@ def main() -> None:
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     size = sum(p.numel() for p in model.parameters())
     held = len(list(corpus.exam(data)))
-    tokens = tokenizer.get_vocab_size()
-    print(f"{len(data.questions)} questions, {held} held-out phrasings, {tokens} tokens, {size / 1e6:.2f} M parameters", flush=True)
+    corpus_tokens = tokenizer.get_vocab_size()
+    print(f"{len(data.questions)} questions, {held} held-out phrasings, {corpus_tokens} tokens, {size / 1e6:.2f} M parameters", flush=True)
 
     seen, step, started = 0, 0, time.monotonic()
     quantized = random.Random(options.seed + 3)
@@ -241,15 +254,19 @@ def main() -> None:
         batches.sampler.rng.setstate(saved["rng"])
         quantized.setstate(saved["quantized"])
         batches.ready, batches.left, seen, step = saved["ready"], saved["left"], saved["seen"], saved["step"]
-    average = 0.0
+    averages = [8.0, 8.0]
     while seen < options.tokens:
         progress = seen / options.tokens
         rate = min(1.0, (step + 1) / 60) * (1.0 if progress < 0.5 else max(0.02, 2 * (1 - progress)))
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate
-        long = progress > 0.6 and step % 25 == 0
-        batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400))) if long else batches.next()
+        if step % (3 if progress < 0.3 else 12) == 0:
+            batch = drill(quantized, options.batch, corpus_tokens)
+        elif progress > 0.6 and step % 25 == 1:
+            batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
+        else:
+            batch = batches.next()
         # From the middle on, two steps of three see the weights as a 4-bit file holds them.
         FakeQuant.mode = quantized.choice(("", "q4_0", "mlx")) if progress > 0.5 else ""
         loss = loss_of(model, *batch)
@@ -259,10 +276,11 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seen += batch[0].numel()
+        kind = 1 if step % (3 if progress < 0.3 else 12) == 0 else 0
+        averages[kind] = 0.95 * averages[kind] + 0.05 * loss.item()
         step += 1
-        average = loss.item() if step == 1 else 0.98 * average + 0.02 * loss.item()
         if step % 50 == 0:
-            print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {average:.4f}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+            print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {averages[0]:.4f}  copying {averages[1]:.4f}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
         if step % 250 == 0:
             FakeQuant.mode = ""
             print(f"  held out: {held_out_score(model, encoder, data)[0]:.1%} right to the letter", flush=True)
