@@ -280,7 +280,8 @@ def main() -> None:
         averages[kind] = 0.95 * averages[kind] + 0.05 * loss.item()
         step += 1
         if step % 50 == 0:
-            print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {averages[0]:.4f}  copying {averages[1]:.4f}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+            minutes = (time.monotonic() - started) / 60
+            print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {averages[0]:.4f}  copying {averages[1]:.4f}  {minutes:.1f} min", flush=True)
         if step % 250 == 0:
             FakeQuant.mode = ""
             print(f"  held out: {held_out_score(model, encoder, data)[0]:.1%} right to the letter", flush=True)

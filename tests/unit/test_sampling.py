@@ -243,3 +243,19 @@ def test_a_larger_random_number_never_gives_a_likelier_token(values: list[float]
     ranks = {token: rank for rank, (_, token) in enumerate(obvious(logits, Choice(choice.limit, choice.temperature, 1.0, *_rest(choice))))}
     low, high = (choose(logits, replace(choice, number)) for number in sorted((one, other)))
     assert ranks[low] <= ranks[high]
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.999])
+def test_a_vocabulary_of_real_size_is_drawn_from_as_if_sorted_whole(spread: float, top_p: float) -> None:
+    # Flat, usual and peaked: the shortlist of the likeliest decides in some, all of them in others.
+    random = np.random.default_rng(7)
+    logits = (random.standard_normal(20_000) * spread).astype(np.float32)
+    order = np.lexsort((np.arange(logits.size), -logits))
+    weights = np.exp((logits[order].astype(np.float64) - float(logits.max())) / 0.7)
+    for number in random.random(20):
+        cumulative = np.cumsum(weights)
+        if top_p < 1.0:
+            cumulative = cumulative[: int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1]
+        expected = int(order[np.searchsorted(cumulative, number * cumulative[-1], side="right")])
+        assert choose(logits, Choice(logits.size, temperature=0.7, top_p=top_p, uniform=float(number))) == expected
