@@ -9,18 +9,14 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from qwen2_local import __version__, backends, cpu, files, paths
+from qwen2_local import __version__, backends, cpu, files, fit, paths, repair
 from qwen2_local.errors import BackendUnavailable
 
 Level = Literal["ok", "warn", "fail"]
 
-_REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
-_GIB = 1 << 30
 
 # What it is called, the processor's names of it, llama.cpp's name of it.
 _FEATURES = (
@@ -35,7 +31,7 @@ _FEATURES = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. fix: what to do about it; empty if nothing."""
+    """One finding. "fail": no model runs here. fix: what to do about it; empty if nothing."""
 
     level: Level
     subject: str
@@ -68,13 +64,9 @@ def _machine() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = None
-    with suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
-        free = int(found[1]) * 1024 if found else None
-    text = f"{total / _GIB:.1f} GiB" + ("" if free is None else f", {free / _GIB:.1f} GiB free")
-    if free is not None and free < _GIB:
+    memory = fit.machine_memory()
+    text = f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"
+    if memory.available < 1e9:
         yield Check("warn", "memory", text, "Close other programs, or use a small model.")
     else:
         yield Check("ok", "memory", text)
@@ -83,7 +75,7 @@ def _memory() -> Iterator[Check]:
 def _folders() -> Iterator[Check]:
     home = paths.home()
     if not paths.writable(home):
-        yield Check("fail", "folder", f"{home} cannot be written: nothing can be kept there.", "Set QWEN2_LOCAL_HOME to a folder of yours.")
+        yield Check("warn", "folder", f"{home} cannot be written: nothing can be kept there.", "Set QWEN2_LOCAL_HOME to a folder of yours.")
         return
     mode = stat.S_IMODE(home.stat().st_mode)
     if os.name == "posix" and mode & 0o077:
@@ -91,10 +83,10 @@ def _folders() -> Iterator[Check]:
     else:
         yield Check("ok", "folder", f"{home} is writable, and yours alone")
     free = files.free_bytes(home)
-    if free < 2 * _GIB:
-        yield Check("warn", "disk", f"{free / _GIB:.1f} GiB free for models", "Make room, or set QWEN2_LOCAL_HOME to another disk.")
+    if free < 2e9:
+        yield Check("warn", "disk", f"{free / 1e9:.1f} GB free for models", "Make room, or set QWEN2_LOCAL_HOME to another disk.")
     else:
-        yield Check("ok", "disk", f"{free / _GIB:.1f} GiB free for models")
+        yield Check("ok", "disk", f"{free / 1e9:.1f} GB free for models")
 
 
 def _mlx() -> Iterator[Check]:
@@ -103,14 +95,15 @@ def _mlx() -> Iterator[Check]:
         use = "the default here" if apple else "on this system only for testing: slow"
         yield Check("ok", "MLX", f"{importlib.metadata.version('mlx')}, {use}")
     elif apple:
-        yield Check("warn", "MLX", "not installed, though it is the fastest on this Mac", "Run `pip install --force-reinstall qwen2-local`.")
+        yield Check("warn", "MLX", "not installed, though it is the fastest on this Mac", f"Run `{repair.reinstall('mlx')}`.")
     else:
         yield Check("ok", "MLX", "not installed; it is for Macs with Apple silicon")
 
 
 def _llamacpp() -> Iterator[Check]:
+    worst: Level = "warn" if "mlx" in backends.available() else "fail"
     if "llama.cpp" not in backends.available():
-        yield Check("fail", "llama.cpp", "not installed", f"Run `{_REBUILD}`.")
+        yield Check(worst, "llama.cpp", "not installed", f"Run `{repair.reinstall('llama-cpp-python')}`.")
         return
     from qwen2_local.backends import llamalib, selftest
 
@@ -120,7 +113,7 @@ def _llamacpp() -> Iterator[Check]:
         verdict = selftest.verdict(again=True)
         lib = llamalib.library()
     except BackendUnavailable as error:
-        yield Check("fail", "llama.cpp", error.what, error.hint)
+        yield Check(worst, "llama.cpp", error.what, error.hint)
         return
     used = set(re.findall(r"(\w+) = [1-9]", lib.llama_print_system_info().decode("ascii", "replace")))
     speed = f"{verdict.tokens_per_s:,.0f} tokens/s of a one-layer model"
@@ -143,19 +136,25 @@ def _features(used: set[str], safe: bool) -> Iterator[Check]:
     missing = [name for name, flags, build in _FEATURES if flags & offered and build not in used]
     yield Check("ok", "instructions", f"used: {', '.join(both) or 'none beyond the basic ones'}")
     if missing:
-        yield Check("warn", "instructions", f"on this CPU, but not in this build of llama.cpp: {', '.join(missing)}", f"Build it here: `{_REBUILD}`.")
+        yield Check("warn", "instructions", f"on this CPU, but not in this build of llama.cpp: {', '.join(missing)}", _build_here())
     if "amx_int8" not in offered:
         yield Check("ok", "AMX", "not on this CPU")
     elif "AMX_INT8" not in used:
-        yield Check("warn", "AMX", "on this CPU, but not in this build of llama.cpp, which would be twice as fast", f"Build it here: `{_REBUILD}`.")
+        yield Check("warn", "AMX", "on this CPU, but not in this build of llama.cpp, which would be twice as fast", _build_here())
     elif safe:
         yield Check("warn", "AMX", "on this CPU and in this build, but switched off after the self-test", _cure(used))
     else:
         yield Check("ok", "AMX", "in use")
 
 
+def _build_here() -> str:
+    return f"Build it here: `{repair.rebuild()}`."
+
+
 def _cure(used: set[str]) -> str:
     """How to get a build whose fast code works."""
-    if "AMX_INT8" in used:  # see pyproject.toml for what these flags cure
-        return f"Build it with GCC 13.3 or newer, with clang, or with an older GCC like this: `CXXFLAGS='-fno-tree-dse -fno-dse' {_REBUILD}`."
-    return f"Build it here: `{_REBUILD}`."
+    if "AMX_INT8" in used:  # see pyproject.toml for what these flags cure; set-up from a clone gives them by itself
+        return (
+            f"Build it with GCC 13.3 or newer, with clang, or with an older GCC and `export CXXFLAGS='-fno-tree-dse -fno-dse'`: `{repair.rebuild()}`."
+        )
+    return _build_here()

@@ -126,14 +126,14 @@ class Qwen2:
         return self._opened.sampling
 
     def ask(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> str:
-        """The reply to one question, as text. For more about it, see `chat`."""
-        return self.chat(_turns(question, system), sampling=sampling, max_tokens=max_tokens).finish().text
+        """The reply to one question, as text. For its usage and timings, see `respond`."""
+        return self.respond(_turns(question, system), sampling=sampling, max_tokens=max_tokens).finish().text
 
     def stream(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> Stream:
         """The reply to one question, piece by piece."""
-        return self.chat(_turns(question, system), sampling=sampling, max_tokens=max_tokens)
+        return self.respond(_turns(question, system), sampling=sampling, max_tokens=max_tokens)
 
-    def chat(
+    def respond(
         self, messages: Sequence[Message], *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
     ) -> Stream:
         """The next reply of a conversation, in ChatML; Qwen2's system message is put first where there is none.

@@ -64,7 +64,7 @@ def blind(model: Qwen2) -> tuple[int, int]:
         history: list[Message] = []
         for turn in item.get("turns", [item.get("ask")]):
             history.append(Message("user", turn))
-            reply = model.chat(history, max_tokens=200).finish().text.strip()
+            reply = model.respond(history, max_tokens=200).finish().text.strip()
             history.append(Message("assistant", reply))
         ok = all(holds(reply, fact) for fact in item["must"])
         right += ok
@@ -86,7 +86,7 @@ def recall(model: Qwen2, data: corpus.Corpus, tokens: int, count: int) -> tuple[
         history: list[Message] = []
         for user, reply in turns:
             history += [Message("user", user), Message("assistant", reply)]
-        right += model.chat(history[:-1], max_tokens=60).finish().text.strip() == turns[-1][1]
+        right += model.respond(history[:-1], max_tokens=60).finish().text.strip() == turns[-1][1]
     return right, count
 
 

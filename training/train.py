@@ -119,7 +119,7 @@ def drill(rng: random.Random, tokens: int, vocabulary: int) -> tuple[Tensor, Ten
     ids = torch.zeros(tokens // time, time, dtype=torch.long)
     targets = torch.full_like(ids, -1)
     for row in range(len(ids)):
-        period = rng.randrange(4, 48)
+        period = rng.randrange(4, 32)
         once = torch.tensor(rng.choices(range(vocabulary), k=period))
         ids[row] = once.repeat(time // period + 1)[:time]
         targets[row, period - 1 : -1] = ids[row, period:]
@@ -255,13 +255,17 @@ def main() -> None:
         quantized.setstate(saved["quantized"])
         batches.ready, batches.left, seen, step = saved["ready"], saved["left"], saved["seen"], saved["step"]
     averages = [8.0, 8.0]
+    copies = step > 0
     while seen < options.tokens:
         progress = seen / options.tokens
         rate = min(1.0, (step + 1) / 60) * (1.0 if progress < 0.5 else max(0.02, 2 * (1 - progress)))
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate
-        if step % (3 if progress < 0.3 else 12) == 0:
+        # Copying is learned all at once, and only if nothing else pulls at the weights; then a reminder now and then is enough.
+        copies = copies or averages[1] < 1.0 or progress > 0.15
+        drilling = not copies or step % 10 == 0
+        if drilling:
             batch = drill(quantized, options.batch, corpus_tokens)
         elif progress > 0.6 and step % 25 == 1:
             batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
@@ -276,10 +280,9 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seen += batch[0].numel()
-        kind = 1 if step % (3 if progress < 0.3 else 12) == 0 else 0
-        averages[kind] = 0.95 * averages[kind] + 0.05 * loss.item()
+        averages[drilling] = 0.9 * averages[drilling] + 0.1 * loss.item()
         step += 1
-        if step % 50 == 0:
+        if step % 25 == 0:
             minutes = (time.monotonic() - started) / 60
             print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {averages[0]:.4f}  copying {averages[1]:.4f}  {minutes:.1f} min", flush=True)
         if step % 250 == 0:

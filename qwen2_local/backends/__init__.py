@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import cast
 
+from qwen2_local import repair
 from qwen2_local.backends.base import Backend
 from qwen2_local.errors import BackendUnavailable
 
@@ -38,7 +39,7 @@ def default_backend() -> str:
             return name
     if installed:
         return installed[0]
-    raise BackendUnavailable("No backend is installed: neither MLX nor llama.cpp.", hint="Run `pip install --force-reinstall qwen2-local`.")
+    raise BackendUnavailable("No backend is installed: neither MLX nor llama.cpp.", hint=f"Run `{repair.reinstall('llama-cpp-python')}`.")
 
 
 def load(name: str, path: Path, *, context: int, sequences: int = 1) -> Backend:
@@ -50,6 +51,6 @@ def load(name: str, path: Path, *, context: int, sequences: int = 1) -> Backend:
     if name not in _BACKENDS:
         raise BackendUnavailable(f"There is no backend named {name!r}.", hint=f"The backends are: {', '.join(NAMES)}.")
     if name not in available():
-        extra = "qwen2-local[mlx]" if name == "mlx" else "llama-cpp-python"
-        raise BackendUnavailable(f"The backend {name} is not installed.", hint=f"Run `pip install '{extra}'`.")
+        command = repair.reinstall("mlx" if name == "mlx" else "llama-cpp-python")
+        raise BackendUnavailable(f"The backend {name} is not installed.", hint=f"Run `{command}`.")
     return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, context=context, sequences=sequences))

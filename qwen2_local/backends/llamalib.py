@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwen2_local import repair
 from qwen2_local.errors import BackendUnavailable
 
 _log = logging.getLogger("qwen2_local.llama.cpp")
@@ -24,7 +25,6 @@ _log.addHandler(logging.NullHandler())  # without a handler, logging itself woul
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.ERROR}
 """ggml's debug, info, warning, error. Its info is a page per load and its warnings are rarely for a user: each is one level lower here."""
 _CONTINUED = 5
-_INSTALL = "Install it: `pip install --force-reinstall --no-cache-dir llama-cpp-python`, then see `qwen2-local doctor`."
 
 _errors: deque[str] = deque(maxlen=4)
 _line: list[str] = []
@@ -38,9 +38,9 @@ def library() -> Any:
         with _short_spins():
             lib = _import()
     except ImportError as error:
-        raise BackendUnavailable(f"llama.cpp is not installed ({error}).", hint=_INSTALL) from error
+        raise BackendUnavailable(f"llama.cpp is not installed ({error}).", hint=f"Run `{repair.reinstall('llama-cpp-python')}`.") from error
     except (OSError, RuntimeError) as error:
-        raise BackendUnavailable(f"llama.cpp's library does not load: {error}", hint=_INSTALL) from error
+        raise BackendUnavailable(f"llama.cpp's library does not load: {error}", hint=f"Build it anew: `{repair.rebuild()}`.") from error
     lib.llama_log_set(_callback(lib), None)
     lib.llama_backend_init()
     return lib
@@ -50,7 +50,8 @@ def folder() -> Path:
     """Where the binding is installed; raises BackendUnavailable if it is not."""
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:
-        raise BackendUnavailable("llama.cpp is not installed (no module named llama_cpp).", hint=_INSTALL)
+        hint = f"Run `{repair.reinstall('llama-cpp-python')}`."
+        raise BackendUnavailable("llama.cpp is not installed (no module named llama_cpp).", hint=hint)
     return Path(spec.origin).parent
 
 

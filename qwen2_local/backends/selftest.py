@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2_local import cpu, paths
+from qwen2_local import cpu, paths, repair
 from qwen2_local.backends import llamalib, tinygguf
 from qwen2_local.errors import BackendUnavailable, Qwen2LocalError
 
@@ -130,7 +130,7 @@ def _test() -> Verdict:
         return Verdict(safe=True, fault=fault, tokens_per_s=float(words[words.index("safe") + 1]))
     raise BackendUnavailable(
         f"llama.cpp does not work on this machine: its self-test failed ({fault}). {trace[-500:]}".rstrip(),
-        hint="Build it here: `pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python`.",
+        hint=f"Build it here: `{repair.rebuild()}`.",
     )
 
 

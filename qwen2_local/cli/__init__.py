@@ -57,6 +57,8 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
+            if " " in cmd_name:
+                ctx.fail(f'That is a prompt, not a command: `qwen2-local run guide "{cmd_name}"`.')
             return None
         module = importlib.import_module(f"qwen2_local.cli.{_COMMANDS[cmd_name][0]}")
         command = getattr(module, cmd_name)

@@ -83,13 +83,15 @@ def _turn(loaded: Qwen2, history: list[Message], line: str, sampling: Sampling, 
     completion = None
     with output.Status() as status:
         try:
-            stream = loaded.chat(asked, sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
+            stream = loaded.respond(asked, sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
             try:
                 for piece in stream:
                     output.reply(piece.text)
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise  # a script is stopped, not one reply
+            with suppress(KeyboardInterrupt):  # an impatient second one
+                stream.close()
             stream.close()
             completion = stream.completion
         except ContextOverflow as error:

@@ -75,7 +75,9 @@ def rm(model: str, yes: bool) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"Deleting {name} ({size}) has to be confirmed.", hint="Say --yes where nobody can be asked.")
-        click.confirm(f"Delete {name} ({size})?", abort=True, err=True)
+        if not click.confirm(f"Delete {name} ({size})?", err=True):
+            output.note("Nothing was deleted.")
+            return
     store.Store().remove(name)
     output.note(f"Deleted {name} ({size}).")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from pathlib import Path
 
 import click
 
@@ -40,6 +42,8 @@ def run(
 
     Text on stdin is added to PROMPT: `cat report.txt | qwen2-local run guide "Summarise"`.
     """
+    if prompt is None and len(model.split()) > 1 and not Path(model).exists():
+        raise click.UsageError(f'The model comes first: `qwen2-local run guide "{model}"`.')
     text = _whole_prompt(prompt)
     if raw and system is not None:
         raise click.UsageError("--system has no place in a --raw prompt: there is no chat template.")
@@ -57,7 +61,7 @@ def run(
             stream = loaded.complete(text, sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
         else:
             messages = [Message("system", system)] if system is not None else []
-            stream = loaded.chat([*messages, Message("user", text)], sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
+            stream = loaded.respond([*messages, Message("user", text)], sampling=sampling, max_tokens=max_tokens, progress=status.prefill)
         try:
             for piece in stream:
                 if not as_json:
@@ -93,7 +97,15 @@ def _whole_prompt(prompt: str | None) -> str:
     """PROMPT and what comes on stdin, as one text."""
     piped = ""
     if sys.stdin is not None and not sys.stdin.closed and not sys.stdin.isatty():
-        data = sys.stdin.buffer.read(_MOST_STDIN + 1)
+        # Who has given a prompt may not know that something is still awaited.
+        waiting = threading.Timer(2.0, output.note, ["reading stdin to its end, as it is no terminal (`< /dev/null` gives none) …"])
+        waiting.daemon = True
+        if prompt:
+            waiting.start()
+        try:
+            data = sys.stdin.buffer.read(_MOST_STDIN + 1)
+        finally:
+            waiting.cancel()
         if len(data) > _MOST_STDIN:
             raise InvalidPrompt(f"More than {_MOST_STDIN // 10**6} MB came on stdin.", hint="Give it a shorter text: no context holds as much.")
         try:

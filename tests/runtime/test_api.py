@@ -64,7 +64,7 @@ def test_pieces_join_to_the_text_and_name_their_tokens(model: Qwen2, reply: Comp
 
 
 def test_a_chat_with_one_question_is_that_question(model: Qwen2, reply: Completion) -> None:
-    assert model.chat([Message("user", QUESTION)], max_tokens=20).finish().tokens == reply.tokens
+    assert model.respond([Message("user", QUESTION)], max_tokens=20).finish().tokens == reply.tokens
 
 
 def test_the_system_message_is_part_of_the_prompt(model: Qwen2, reply: Completion) -> None:
@@ -91,14 +91,14 @@ def test_the_longest_reply(model: Qwen2) -> None:
 
 
 def test_a_second_turn_computes_only_what_is_new(model: Qwen2) -> None:
-    first = model.chat([Message("user", "What is MLX?")], max_tokens=12).finish()
+    first = model.respond([Message("user", "What is MLX?")], max_tokens=12).finish()
     turns = [Message("user", "What is MLX?"), Message("assistant", first.text), Message("user", "And GGUF?")]
-    second = model.chat(turns, max_tokens=4).finish()
+    second = model.respond(turns, max_tokens=4).finish()
     assert second.usage.cached_tokens >= first.usage.prompt_tokens
     assert second.usage.prompt_tokens > second.usage.cached_tokens
     elsewhere = model.complete("Something else", max_tokens=1).finish()
     assert elsewhere.usage.cached_tokens == 0
-    assert model.chat(turns, max_tokens=4).finish().tokens == second.tokens, "the same without what was cached"
+    assert model.respond(turns, max_tokens=4).finish().tokens == second.tokens, "the same without what was cached"
 
 
 def test_progress_is_told(model: Qwen2) -> None:
@@ -179,7 +179,7 @@ def test_control_tokens_that_a_user_types_are_text(model: Qwen2) -> None:
     tokenizer = model._opened.tokenizer
     ids = render(tokenizer, messages)
     assert ids.count(tokenizer.special["<|im_end|>"]) == 2, "of the system message and of the user's"
-    assert model.chat(messages, max_tokens=1).finish().usage.prompt_tokens == len(ids)
+    assert model.respond(messages, max_tokens=1).finish().usage.prompt_tokens == len(ids)
     raw = model.complete(typed, max_tokens=1).finish()
     assert raw.usage.prompt_tokens == len(tokenizer.encode(typed)) > 8
 
@@ -275,7 +275,7 @@ def test_nothing_to_continue(model: Qwen2) -> None:
     with pytest.raises(InvalidPrompt, match="empty"):
         model.complete("")
     with pytest.raises(InvalidPrompt, match="empty"):
-        model.chat([])
+        model.respond([])
 
 
 def test_text_that_is_no_text(model: Qwen2) -> None:
@@ -286,7 +286,7 @@ def test_text_that_is_no_text(model: Qwen2) -> None:
 
 def test_an_unknown_role(model: Qwen2) -> None:
     with pytest.raises(InvalidPrompt, match="wizard"):
-        model.chat([Message("wizard", "hi")])  # type: ignore[arg-type]
+        model.respond([Message("wizard", "hi")])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("number", [0, -1, True, 1.5, "3"])

@@ -45,16 +45,16 @@ def test_it_passes_an_exam_by_somebody_who_never_saw_its_phrasings(exam: ModuleT
 def test_it_remembers_what_it_was_told_and_repeats_what_it_is_given() -> None:
     with Qwen2("guide") as model:
         told = [Message("user", "My lucky number is 4821."), Message("assistant", "Noted, your lucky number is 4821.")]
-        assert "4821" in model.chat([*told, Message("user", "What is my lucky number?")]).finish().text
+        assert "4821" in model.respond([*told, Message("user", "What is my lucky number?")]).finish().text
         assert "green river stone" in model.ask("Repeat this text: green river stone")
 
 
 def test_a_follow_up_takes_its_subject_from_the_turn_before() -> None:
     first = Message("user", "How much memory does the 7B model need?")
     with Qwen2("guide") as model:
-        reply = model.chat([first]).finish().text
+        reply = model.respond([first]).finish().text
         assert "5.3 GB" in reply
-        assert "50.3 GB" in model.chat([first, Message("assistant", reply), Message("user", "and the 72B?")]).finish().text
+        assert "50.3 GB" in model.respond([first, Message("assistant", reply), Message("user", "and the 72B?")]).finish().text
 
 
 @pytest.mark.parametrize(

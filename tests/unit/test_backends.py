@@ -32,10 +32,10 @@ def test_the_default(monkeypatch: pytest.MonkeyPatch, system: str, machine: str,
 
 def test_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "available", tuple)
-    with pytest.raises(BackendUnavailable, match="pip install"):
+    with pytest.raises(BackendUnavailable, match="uv sync"):
         backends.default_backend()
     for name in backends.NAMES:
-        with pytest.raises(BackendUnavailable, match="pip install"):
+        with pytest.raises(BackendUnavailable, match="uv sync"):
             backends.load(name, Path("model"), context=16)
 
 
