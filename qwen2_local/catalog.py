@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qwen2_local.types import Sampling
@@ -170,15 +170,21 @@ def lookup(name: str) -> tuple[CatalogModel, str | None] | None:
     return None
 
 
-def defaults_of(hidden: int, layers: int, name: str) -> Sampling | None:
-    """The sampling of the Instruct checkpoint with this shape, if `name` says Instruct: for files without a generation_config. Else None."""
-    if "instruct" not in name.lower():
-        return None
+def defaults_of(hidden: int, layers: int, names: Sequence[str], *, chats: bool) -> Sampling:
+    """How to sample a model whose files do not say, as its makers' generation_config does: base models are greedy.
+
+    names: what the model and its file are called (of the official files, only theirs say Instruct); chats: whether it ends replies as chat models do.
+    """
+    called = re.sub(r"[ _]", "-", " ".join(names).lower())
+    if "r1-distill" in called:
+        return Sampling(temperature=0.6, top_p=0.95)
+    if not chats and "instruct" not in called:
+        return Sampling()
     for model in CATALOG:
         # 7B and 57B-A14B share their shape, and their sampling.
         if model.instruct and (model.size.hidden, model.size.layers) == (hidden, layers):
             return model.sampling
-    return None
+    return Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
 
 
 def how_to_get(model: CatalogModel, level: str | None = None) -> str:
@@ -189,8 +195,9 @@ def how_to_get(model: CatalogModel, level: str | None = None) -> str:
     level = level if level in GGUF_LEVELS else size.recommended
     repo = model.variant_repo("GGUF")
     if size.shards > 4:
-        # The large ones are split, into how many parts only the hub knows.
-        return f'`hf download {repo} --include "*{level}*" --local-dir {model.title}`, then `qwen2-local run ./{model.title}`.'
+        # The large ones are split, into how many parts only the hub knows, and not there in every level.
+        fetch = f'`hf download {repo} --include "*{level}*" --local-dir {model.title}`, then `qwen2-local run ./{model.title}`.'
+        return f"{fetch}\n  If that finds no files: https://huggingface.co/{repo}/tree/main lists them; take a level from there for {level}."
     return f"`hf download {repo} {model.gguf_file(level)} --local-dir .`, then `qwen2-local run ./{model.gguf_file(level)}`."
 
 

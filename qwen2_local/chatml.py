@@ -8,7 +8,7 @@ for every content without marks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import get_args
 
 from qwen2_local.errors import InvalidPrompt, UnsupportedModel
@@ -17,6 +17,34 @@ from qwen2_local.types import Message, Role
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 """The system message that Qwen2's template puts in front of a conversation without one."""
+
+_SYSTEMS = (
+    ("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",) * 2,
+    # The template writes the backslash twice.
+    ("Please reason step by step, and put your final answer within", "Please reason step by step, and put your final answer within \\boxed{}."),
+    (DEFAULT_SYSTEM.removesuffix("."), DEFAULT_SYSTEM),
+)
+"""What the templates of Qwen2.5 and Coder, of Math and of Qwen2 hold, and the system message that it tells."""
+
+
+def system_of(template: str | None) -> str | None:
+    """The system message that a model's chat template puts first, told by the texts in it: a template is never run.
+
+    Qwen2's where there is no template, or one of another kind; None for a ChatML template without any that is known.
+    """
+    if not template:
+        return DEFAULT_SYSTEM
+    for literal, system in _SYSTEMS:
+        if literal in template:
+            return system
+    return None if "<|im_start|>" in template else DEFAULT_SYSTEM
+
+
+def for_chats(tokenizer: Tokenizer, ends: Collection[int], template: str | None) -> bool:
+    """Is a model made for chats? `ends`: the ids that its files name as the end of a text. Base models have a template too."""
+    if tokenizer.special.get("<|im_end|>") in ends:
+        return True
+    return bool(template and ends) and tokenizer.special.get("<|endoftext|>") not in ends
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message], *, default_system: str | None = DEFAULT_SYSTEM) -> list[int]:
@@ -59,5 +87,5 @@ def mark(tokenizer: Tokenizer, name: str) -> int:
     try:
         return tokenizer.special[name]
     except KeyError:
-        hint = "It is no chat model of Qwen2's kind: complete plain text with it."
+        hint = "It is no chat model of Qwen2's kind: it continues plain text, with `run --raw` or `Qwen2.complete`."
         raise UnsupportedModel(f"The model's tokenizer has no {name} token.", hint=hint) from None

@@ -51,16 +51,18 @@ def largest_context(weight_bytes: int, kv_values_per_token: int, available: int,
     return limit if fitting >= limit else fitting // _STEP * _STEP
 
 
-def require(weight_bytes: int, kv_values_per_token: int, context: int, *, what: str = "This model", memory: Memory | None = None) -> None:
+def require(
+    weight_bytes: int, kv_values_per_token: int, context: int, *, kv_bits: int = 16, what: str = "This model", memory: Memory | None = None
+) -> None:
     """Raises DoesNotFit, with the numbers and the largest context that fits, unless the model fits into what is available now.
 
-    what: its name, for the message. memory: by default what this machine has.
+    weight_bytes: as they lie in memory. what: its name, for the message. memory: by default what this machine has.
     """
     memory = memory or machine_memory()
-    needed = memory_needed(weight_bytes, kv_values_per_token, context)
+    needed = memory_needed(weight_bytes, kv_values_per_token, context, kv_bits)
     if needed <= memory.available:
         return
-    largest = largest_context(weight_bytes, kv_values_per_token, memory.available, context)
+    largest = largest_context(weight_bytes, kv_values_per_token, memory.available, context, kv_bits)
     hint = "Take a smaller size or fewer bits, or close other programs."
     if largest:
         hint = f"The largest context that fits is {largest}: `--context {largest}`."
@@ -122,8 +124,9 @@ def _cut(memory: Memory, folder: Path, limit_name: str, used_name: str) -> Memor
     with suppress(OSError, ValueError):
         limit = int((folder / limit_name).read_text())
         used = int((folder / used_name).read_text())
-        # The page cache counts as used, but is given back on demand.
-        cached = re.search(r"^(?:total_)?inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-        left = max(0, limit - used + (int(cached[1]) if cached else 0))
+        # The page cache counts as used, but is given back on demand: a model file read twice lies in its active part.
+        stat: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+        cached = sum(int(stat.get(f"total_{name}", stat.get(name, "0"))) for name in ("active_file", "inactive_file"))
+        left = min(limit, max(0, limit - used + cached))
         return Memory(min(memory.total, limit), min(memory.available, left))
     return memory

@@ -22,7 +22,7 @@ class GenerationDefaults:
 def from_config(config: Mapping[str, object], *, fallback: GenerationDefaults, where: str = "generation_config.json") -> GenerationDefaults:
     """From a parsed generation_config.json, with Hugging Face's meaning: greedy unless `do_sample`, and the repetition penalty in both.
 
-    `fallback` gives the ids where the file has none, and the sampling where it is silent about it. Raises BadFile naming the field.
+    `fallback` gives the sampling where the file is silent about it; its ids end a reply too. Raises BadFile naming the field.
     """
     given = {name: value for name, value in config.items() if value is not None}
     names = {"do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
@@ -37,7 +37,8 @@ def from_config(config: Mapping[str, object], *, fallback: GenerationDefaults, w
             sampling = _sampling(where, given.get("temperature", 1.0), given.get("top_p", 1.0), given.get("top_k", 50), penalty)
         else:
             sampling = _sampling(where, 0.0, 1.0, 0, penalty)
-    return GenerationDefaults(sampling, _ids(given["eos_token_id"], where) if "eos_token_id" in given else fallback.eos)
+    own = _ids(given["eos_token_id"], where) if "eos_token_id" in given else ()
+    return GenerationDefaults(sampling, tuple(dict.fromkeys(own + fallback.eos)))
 
 
 def from_gguf(

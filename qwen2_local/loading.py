@@ -9,21 +9,26 @@ import atexit
 import hashlib
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen2_local import backends, files, fit, paths
 from qwen2_local.backends.base import Backend
 from qwen2_local.catalog import defaults_of
-from qwen2_local.errors import BadFile, DoesNotFit, UnknownModel, UsageError
+from qwen2_local.chatml import for_chats, system_of
+from qwen2_local.errors import BadFile, DoesNotFit, UsageError
 from qwen2_local.formats.check_gguf import open_gguf
-from qwen2_local.formats.checkpoint import open_checkpoint
+from qwen2_local.formats.checkpoint import Checkpoint, member, open_checkpoint
+from qwen2_local.formats.magic import open_regular
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config, from_gguf
-from qwen2_local.store import GUIDE, ModelRef, resolve
+from qwen2_local.store import ModelRef, resolve
 from qwen2_local.tokens import Tokenizer
 from qwen2_local.types import Sampling
 
@@ -33,6 +38,12 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 """Tokens, where a model has as many and the caller names no other number."""
 
+_MAX_JSON = 4_000_000
+_MAX_TEMPLATE = 1_000_000
+_ENDS = ("<|im_end|>", "<|endoftext|>")
+_MLX_WIDENS = sys.platform != "darwin"
+"""Where it has no GPU, MLX computes in float32, and keeps weights and KV in it."""
+
 _UNQUANTIZED = {"llama.cpp": "gguf:f16", "mlx": "mlx:bf16"}
 _SMALL = 200_000_000
 """Bytes of weights that are converted anew for each process where the conversion cannot be kept."""
@@ -40,7 +51,7 @@ _LAYOUT = 1
 """Raise it when a change to the converters makes earlier conversions stale."""
 
 Report = Callable[[str, int, int], None]
-"""Progress of preparing a model: what is done in a word, bytes done, bytes in all."""
+"""Progress of preparing a model: what is done, bytes done, bytes in all (0 where that is not known)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +59,15 @@ class Opened:
     """A checked model, ready to load.
 
     sampling: its own; stops: ids that end a reply; load: makes the backend (on the calling thread); notes: sentences for the user.
+    default_system: what its chats begin with, if they bring nothing; bos: ids that stand before plain text.
     """
 
     tokenizer: Tokenizer
     sampling: Sampling
     stops: frozenset[int]
     load: Callable[[], Backend]
+    default_system: str | None
+    bos: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -66,7 +80,7 @@ def open_model(name: str, *, backend: str | None = None, context: int | None = N
         raise UsageError(f"The context is {context}, but has to be at least 1 token.")
     if backend is not None and backend not in backends.NAMES:
         raise UsageError(f"There is no backend named {backend!r}.", hint=f"The backends are: {', '.join(backends.NAMES)}.")
-    ref = _guide(name) or resolve(name)
+    ref = resolve(name)
     if ref.format == "hf":
         return _open_converted(ref, context, backend, report)
     _require_backend(ref, backend)
@@ -84,56 +98,80 @@ def _require_backend(ref: ModelRef, backend: str | None) -> None:
         raise UsageError(f"{ref.path} is for {fitting}, not for {backend}.", hint=hint)
 
 
-def _guide(name: str) -> ModelRef | None:
-    """The built-in guide in a given quantization: "guide:q4_0", "guide:mlx-4bit"."""
-    start, colon, label = name.lower().partition(":")
-    if start != GUIDE or not colon:
-        return None
-    from qwen2_converters.target import VALID, Target
-
-    targets = {Target.parse(text).label: text for text in VALID}
-    if label not in targets:
-        raise UnknownModel(f'there is no "{name[:60]}".', hint=f"The guide comes as {GUIDE}, or as {GUIDE}: and one of {', '.join(targets)}.")
-    return replace(resolve(GUIDE), label=name.lower(), target=targets[label])
-
-
 def _open_gguf(ref: ModelRef, context: int | None) -> Opened:
     model = open_gguf(ref.path)
-    tokenizer = Tokenizer.from_gguf(model.header.keys, where=str(ref.path))
+    keys, where = model.header.keys, str(ref.path)
+    tokenizer = Tokenizer.from_gguf(keys, where=where)
     _agree(tokenizer, model.vocabulary, ref.path)
-    known = defaults_of(model.hidden, model.layers, model.header.text("general.name") or ref.path.name)
-    defaults = from_gguf(model.header.keys, tokenizer.special, fallback=known, where=str(ref.path))
-    return _opened("llama.cpp", model.paths[0], context, model.context, tokenizer, defaults, model.weight_bytes, model.kv_values_per_token)
+    template = model.header.text("tokenizer.chat_template")
+    end = keys.get("tokenizer.ggml.eos_token_id")
+    names = [model.header.text("general.name") or "", ref.path.name, ref.label]
+    chats = for_chats(tokenizer, [end] if isinstance(end, int) else [], template)
+    defaults = from_gguf(keys, tokenizer.special, fallback=defaults_of(model.hidden, model.layers, names, chats=chats), where=where)
+    bos = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") is True else None
+    length = _length(context, model.context)
+    fit.require(model.weight_bytes, model.kv_values_per_token, length, what=ref.path.name)
+    load = partial(backends.load, "llama.cpp", model.paths[0], context=length)
+    return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), load, system_of(template), _control(tokenizer, [bos]))
 
 
 def _open_mlx(ref: ModelRef, context: int | None) -> Opened:
     model = open_checkpoint(ref.path)
-    tokenizer = Tokenizer.from_json(ref.path / "tokenizer.json")
-    _agree(tokenizer, model.config.vocabulary, ref.path)
-    known = defaults_of(model.config.hidden, model.config.layers, ref.path.name) or Sampling()
-    ends = [tokenizer.special[mark] for mark in ("<|im_end|>", "<|endoftext|>") if mark in tokenizer.special]
-    defaults = GenerationDefaults(known, tuple(dict.fromkeys((*model.config.eos, *ends))))
-    file = ref.path / "generation_config.json"
-    if file.is_file():
-        defaults = from_config(read_object(file, 1_000_000), fallback=defaults, where=str(file))
-    return _opened("mlx", ref.path, context, model.config.context, tokenizer, defaults, model.weight_bytes, model.config.kv_values_per_token)
+    folder, config = model.folder, model.config
+    tokenizer = Tokenizer.from_json(member(folder, "tokenizer.json"))
+    _agree(tokenizer, config.vocabulary, ref.path)
+    said = _optional_json(folder, "tokenizer_config.json")
+    template = _template(folder, said)
+    ends = (*config.eos, *_control(tokenizer, [_named(tokenizer, said.get("eos_token"))]))
+    known = defaults_of(config.hidden, config.layers, [folder.name, ref.label], chats=for_chats(tokenizer, ends, template))
+    fallback = GenerationDefaults(known, (*ends, *_control(tokenizer, map(tokenizer.special.get, _ENDS))))
+    defaults = from_config(_optional_json(folder, "generation_config.json"), fallback=fallback, where=str(folder / "generation_config.json"))
+    bos = _named(tokenizer, said.get("bos_token")) if said.get("add_bos_token") is True else None
+    length = _length(context, config.context)
+    weight_bytes, kv_bits = (_float32_bytes(model), 32) if _MLX_WIDENS else (model.weight_bytes, 16)
+    fit.require(weight_bytes, config.kv_values_per_token, length, kv_bits=kv_bits, what=folder.name)
+    load = partial(backends.load, "mlx", folder, context=length)
+    return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), load, system_of(template), _control(tokenizer, [bos]))
 
 
-def _opened(
-    backend: str,
-    path: Path,
-    context: int | None,
-    longest: int,
-    tokenizer: Tokenizer,
-    defaults: GenerationDefaults,
-    weight_bytes: int,
-    kv_values_per_token: int,
-) -> Opened:
+def _length(context: int | None, longest: int) -> int:
     if context is not None and context > longest:
         raise UsageError(f"The context is {context:,} tokens, but this model has {longest:,}.", hint=f"Give --context {longest} or less.")
-    length = context or min(longest, DEFAULT_CONTEXT)
-    fit.require(weight_bytes, kv_values_per_token, length, what=path.name)
-    return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), lambda: backends.load(backend, path, context=length))
+    return context or min(longest, DEFAULT_CONTEXT)
+
+
+def _float32_bytes(model: Checkpoint) -> int:
+    entries = [located.entry for located in model.tensors.values()]
+    return sum((entry.end - entry.begin) * (2 if entry.dtype in ("BF16", "F16") else 1) for entry in entries)
+
+
+def _optional_json(folder: Path, name: str) -> dict[str, Any]:
+    path = member(folder, name)
+    return read_object(path, _MAX_JSON) if path.exists() else {}
+
+
+def _template(folder: Path, said: Mapping[str, Any]) -> str | None:
+    """The chat template, to be looked at only: of chat_template.jinja, where transformers 5 keeps it, or of a tokenizer_config.json."""
+    path = member(folder, "chat_template.jinja")
+    if path.is_file():
+        with open_regular(path) as file:
+            return file.read(_MAX_TEMPLATE).decode(errors="replace")
+    template = said.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _named(tokenizer: Tokenizer, value: object) -> int | None:
+    """The id of a control token as a tokenizer_config.json names it: its text, or a table with it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return tokenizer.special.get(text) if isinstance(text, str) else None
+
+
+def _control(tokenizer: Tokenizer, ids: Iterable[object]) -> tuple[int, ...]:
+    """Those of `ids` that are control tokens."""
+    known = frozenset(tokenizer.special.values())
+    return tuple(number for number in ids if type(number) is int and number in known)
 
 
 def _agree(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:

@@ -136,17 +136,19 @@ class Qwen2:
     def respond(
         self, messages: Sequence[Message], *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
     ) -> Stream:
-        """The next reply of a conversation, in ChatML; Qwen2's system message is put first where there is none.
+        """The next reply of a conversation, in ChatML; the model's own system message is put first where there is none.
 
         A conversation that goes on from the last one computes only what is new.
         """
-        return self._generate(render(self._opened.tokenizer, messages), self._opened.stops, sampling, max_tokens, progress)
+        prompt = render(self._opened.tokenizer, messages, default_system=self._opened.default_system)
+        return self._generate(prompt, self._opened.stops, sampling, max_tokens, progress)
 
     def complete(self, text: str, *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None) -> Stream:
         """Plain continuation of `text`, without a chat template: for base models. Iterate it, or call `finish`."""
         if not text:
             raise InvalidPrompt("There is nothing to continue: the text is empty.", hint="Give some text.")
-        return self._generate(self._opened.tokenizer.encode(text), self._opened.stops, sampling, max_tokens, progress)
+        prompt = [*self._opened.bos, *self._opened.tokenizer.encode(text)]
+        return self._generate(prompt, self._opened.stops, sampling, max_tokens, progress)
 
     def close(self) -> None:
         """Free the model; replies under way end as cancelled. Idempotent."""

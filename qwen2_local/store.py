@@ -127,9 +127,15 @@ class Store:
 
 
 def _read(folder: Path, name: str) -> Manifest:
-    manifest = Manifest.read(folder / _MANIFEST)
+    hint = f"`qwen2-local rm {name}`, then get it again."
+    try:
+        manifest = Manifest.read(folder / _MANIFEST)
+    except UnsupportedModel:
+        raise
+    except BadFile as error:
+        raise BadFile(error.what, hint=hint) from error
     if manifest.name != name:
-        raise BadFile(f"{folder / _MANIFEST} is of another model, {manifest.name[:100]!r}.", hint=f"`qwen2-local rm {name}`, then get it again.")
+        raise BadFile(f"{folder / _MANIFEST} is of another model, {manifest.name[:100]!r}.", hint=hint)
     return manifest
 
 
@@ -155,9 +161,15 @@ class ModelRef:
 GUIDE = "guide"
 """The name of the built-in model."""
 
+GUIDE_TARGETS = {
+    "f32": "gguf:f32", "f16": "gguf:f16", "q8_0": "gguf:q8_0", "q4_0": "gguf:q4_0",
+    "mlx-f32": "mlx:f32", "mlx-bf16": "mlx:bf16", "mlx-8bit": "mlx:8bit", "mlx-4bit": "mlx:4bit",
+}  # fmt: skip
+"""What "guide:LABEL" is converted to: every target of the converters."""
+
 
 def resolve(name: str, store: Store | None = None) -> ModelRef:
-    """The model that `name` means: `guide`, an installed name, a path, in this order; what holds a separator is a path.
+    """The model that `name` means: `guide` (or `guide:q4_0`), an installed name, a path, in this order; what holds a separator is a path.
 
     Raises UnknownModel, which says what there is and how to get what is not; BadFile for a path that holds no model. Touches no network.
     """
@@ -166,8 +178,9 @@ def resolve(name: str, store: Store | None = None) -> ModelRef:
     if not name.strip() or "\0" in name:
         raise UnknownModel("the name of a model is missing.", hint="See `qwen2-local ls`.")
     if not looks_like_path:
-        if name.lower() == GUIDE:
-            return ModelRef(GUIDE, "hf", guide_folder(), "built-in")
+        start, colon, level = name.lower().partition(":")
+        if start == GUIDE:
+            return _guide(level if colon else None)
         installed = _installed(name.lower(), store or Store())
         if installed:
             return installed
@@ -189,6 +202,15 @@ def guide_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise UnknownModel("This build has no built-in model.", hint="Install qwen2-local again, or give a path to a model.")
     return folder
+
+
+def _guide(level: str | None) -> ModelRef:
+    if level is None:
+        return ModelRef(GUIDE, "hf", guide_folder(), "built-in")
+    if level not in GUIDE_TARGETS:
+        hint = f"The guide comes as {GUIDE}, or as {GUIDE}: and one of {', '.join(GUIDE_TARGETS)}."
+        raise UnknownModel(f'there is no "{GUIDE}:{level[:60]}".', hint=hint)
+    return ModelRef(f"{GUIDE}:{level}", "hf", guide_folder(), "built-in", GUIDE_TARGETS[level])
 
 
 def _installed(name: str, store: Store) -> ModelRef | None:

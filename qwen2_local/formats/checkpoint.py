@@ -58,13 +58,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise BadFile(f"{folder} is no folder.", hint="Give the folder that holds config.json and the .safetensors files.")
-    raw = read_object(_member(folder, "config.json"), 4_000_000)
+    folder = folder.resolve()
+    raw = read_object(member(folder, "config.json"), 4_000_000)
     config = parse_config(raw, folder / "config.json")
     tensors: dict[str, Located] = {}
     mlx = config.quantization is not None
     shards, weight_map = _shards(folder)
     for shard in shards:
-        header = read_header(_member(folder, shard))
+        header = read_header(member(folder, shard))
         mlx = mlx or header.metadata.get("format") == "mlx"
         for name, entry in header.tensors.items():
             if name in tensors:
@@ -81,9 +82,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def is_mlx(folder: Path) -> bool:
     """Is the layout MLX's (quantized, or written by it)? Reads config.json and one shard's header; raises as `open_checkpoint` does."""
-    if read_config(_member(folder, "config.json")).quantization is not None:
+    if read_config(member(folder, "config.json")).quantization is not None:
         return True
-    return read_header(_member(folder, _shards(folder)[0][0])).metadata.get("format") == "mlx"
+    return read_header(member(folder, _shards(folder)[0][0])).metadata.get("format") == "mlx"
+
+
+def member(folder: Path, name: str) -> Path:
+    """The path of the file `name` of a checkpoint, there or not. Raises BadFile if it is a link out of the folder."""
+    folder = folder.resolve()  # from inside, or by a link, its parents do not show in the path
+    path = folder / name
+    # huggingface_hub's cache keeps snapshots/REVISION/NAME as links to blobs/HASH beside snapshots.
+    blobs = folder.parent.parent / "blobs"
+    if folder.parent.name != "snapshots" or not blobs.is_dir() or not path.resolve().is_relative_to(blobs.resolve()):
+        inside(folder, path)
+    return path
 
 
 def expected_tensors(config: Qwen2Config, experts: Literal["each", "fused", "switch"] = "each") -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -130,7 +142,7 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     weight_map: dict[str, str] | None = None
     expected = [_SINGLE]
     if (folder / _INDEX).exists():
-        index = read_object(_member(folder, _INDEX), _MAX_INDEX).get("weight_map")
+        index = read_object(member(folder, _INDEX), _MAX_INDEX).get("weight_map")
         if not isinstance(index, dict) or not index or not all(isinstance(shard, str) for shard in index.values()):
             raise BadFile(f"{folder / _INDEX} has no weight_map.", hint=_HINT)
         weight_map = index
@@ -149,16 +161,6 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if extra:
         raise BadFile(f"{folder} holds {extra[0][:100]!r}, which does not belong to this checkpoint.", hint="Move that file away.")
     return expected, weight_map
-
-
-def _member(folder: Path, name: str) -> Path:
-    path = folder / name
-    # huggingface_hub's cache keeps snapshots/REVISION/NAME as links to blobs/HASH beside snapshots.
-    blobs = folder.parent.parent / "blobs"
-    if folder.parent.name == "snapshots" and blobs.is_dir() and path.resolve().is_relative_to(blobs.resolve()):
-        return path
-    inside(folder, path)
-    return path
 
 
 def _check_tensors(folder: Path, config: Qwen2Config, tensors: Mapping[str, Located]) -> None:

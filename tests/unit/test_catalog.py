@@ -60,9 +60,27 @@ def test_defaults_of_instruct_and_base():
     assert lookup("7b")[0].sampling == Sampling(0.7, 0.8, 20, 1.05)
     assert lookup("0.5b")[0].sampling.repetition_penalty == 1.1
     assert lookup("7b-base")[0].sampling == Sampling()
-    assert defaults_of(3584, 28, "Qwen2 7B Instruct") == lookup("7b")[0].sampling
-    assert defaults_of(3584, 28, "Qwen2 7B") is None
-    assert defaults_of(1, 1, "instruct") is None
+
+
+@pytest.mark.parametrize(
+    ("names", "chats", "sampling"),
+    [
+        (["Qwen2 7B Instruct", "x.gguf"], False, Sampling(0.7, 0.8, 20, 1.05)),
+        (["qwen2-7b", "qwen2-7b-instruct-q4_k_m.gguf"], False, Sampling(0.7, 0.8, 20, 1.05)),
+        (["qwen2-7b"], True, Sampling(0.7, 0.8, 20, 1.05)),
+        (["Qwen2 7B", "qwen2-7b.gguf"], False, Sampling()),
+        (["DeepSeek R1 Distill Qwen 7B"], True, Sampling(0.6, 0.95)),
+        (["DeepSeek_R1_Distill_Qwen_7B-Q4_0.gguf"], False, Sampling(0.6, 0.95)),
+    ],
+)
+def test_sampling_of_files_that_do_not_say(names, chats, sampling):
+    assert defaults_of(3584, 28, names, chats=chats) == sampling
+
+
+def test_sampling_of_sizes_that_are_not_of_the_catalog():
+    assert defaults_of(5120, 48, ["Qwen2.5 14B"], chats=True) == Sampling(0.7, 0.8, 20, 1.05)
+    assert defaults_of(5120, 48, ["Qwen2.5 14B"], chats=False) == Sampling()
+    assert defaults_of(896, 24, ["Qwen2.5 0.5B"], chats=True).repetition_penalty == 1.1
 
 
 def test_licences():

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from qwen2_local.chatml import DEFAULT_SYSTEM, close_reply, open_reply, render, turn
+from qwen2_local.chatml import DEFAULT_SYSTEM, close_reply, for_chats, open_reply, render, system_of, turn
 from qwen2_local.errors import InvalidPrompt, UnsupportedModel
 from qwen2_local.tokens import Tokenizer
 from qwen2_local.types import Message
+from tests.support import qwen2_vocabulary
 from tests.support.small_tokenizer import BASE, CONTROL, small_gguf
 
 TOKENIZER = Tokenizer.from_gguf(small_gguf())
@@ -30,6 +31,38 @@ def test_the_system_message_is_given_default_or_none() -> None:
     assert shown(render(TOKENIZER, [user], default_system="Xé")).startswith("<|im_start|>system\nXé<|im_end|>\n")
     assert shown(render(TOKENIZER, [user], default_system=None)) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert "helpful" not in shown(render(TOKENIZER, [Message("system", ""), user]))
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        (None, DEFAULT_SYSTEM),
+        ("", DEFAULT_SYSTEM),
+        (qwen2_vocabulary.TEMPLATE, DEFAULT_SYSTEM),
+        (
+            "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}",
+            "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        ),
+        (
+            r"{{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n' }}",
+            r"Please reason step by step, and put your final answer within \boxed{}.",
+        ),
+        ("{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% endfor %}", None),
+        ("{{ bos_token }}[INST]", DEFAULT_SYSTEM),
+    ],
+)
+def test_the_system_message_of_a_template(template: str | None, system: str | None) -> None:
+    assert system_of(template) == system
+
+
+def test_who_is_made_for_chats() -> None:
+    end, text_end = CONTROL["<|im_end|>"], CONTROL["<|endoftext|>"]
+    assert for_chats(TOKENIZER, [end], None)
+    assert for_chats(TOKENIZER, [text_end, end], "a template")
+    assert for_chats(TOKENIZER, [7], "a template of another kind")
+    assert not for_chats(TOKENIZER, [text_end], "base models have a template, too")
+    assert not for_chats(TOKENIZER, [7], None)
+    assert not for_chats(TOKENIZER, [], "a template")
 
 
 def test_its_pieces_make_the_whole() -> None:
@@ -59,5 +92,6 @@ def test_bad_conversations_are_refused() -> None:
 def test_a_tokenizer_without_marks_cannot_chat() -> None:
     keys = small_gguf()
     keys["tokenizer.ggml.tokens"] = [token.replace("<|im_start|>", "<|start|>") for token in keys["tokenizer.ggml.tokens"]]
-    with pytest.raises(UnsupportedModel, match="im_start"):
+    with pytest.raises(UnsupportedModel, match="im_start") as caught:
         render(Tokenizer.from_gguf(keys), [Message("user", "a")])
+    assert "--raw" in caught.value.hint

@@ -1,8 +1,10 @@
 import shutil
+from pathlib import Path
 
 import pytest
 
-from qwen2_local.formats.checkpoint import expected_tensors, is_mlx, open_checkpoint, parameters
+from qwen2_local.errors import BadFile
+from qwen2_local.formats.checkpoint import expected_tensors, is_mlx, member, open_checkpoint, parameters
 from qwen2_local.formats.config import parse_config
 from tests.support.checkpoints import CONFIG, MOE_CONFIG, write_checkpoint
 
@@ -57,14 +59,41 @@ def test_an_mlx_folder_with_some_matrices_quantized(tmp_path):
     assert is_mlx(folder)
 
 
-def test_a_snapshot_in_hugging_face_s_cache_is_links_into_blobs(tmp_path):
+@pytest.fixture
+def snapshot(tmp_path):
     folder = write_checkpoint(tmp_path / "models--Qwen--x" / "snapshots" / "abc", CONFIG, tensors(CONFIG))
     blobs = tmp_path / "models--Qwen--x" / "blobs"
     blobs.mkdir()
     for path in list(folder.iterdir()):
         shutil.move(path, blobs / path.name)
         path.symlink_to(f"../../blobs/{path.name}")
-    assert open_checkpoint(folder).layout == "hf"
+    return folder
+
+
+def test_a_snapshot_in_hugging_face_s_cache_is_links_into_blobs(snapshot):
+    assert open_checkpoint(snapshot).layout == "hf"
+    assert not is_mlx(snapshot)
+
+
+def test_a_snapshot_is_opened_from_inside_and_by_a_link(snapshot, tmp_path, monkeypatch):
+    link = tmp_path / "link"
+    link.symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    for folder in (link, Path()):
+        assert open_checkpoint(folder).layout == "hf"
+        assert not is_mlx(folder)
+
+
+def test_a_member_is_a_file_of_the_folder(snapshot, tmp_path):
+    assert member(snapshot, "config.json").read_text()
+    assert not member(snapshot, "none.json").exists()
+    outside = tmp_path / "secret.json"
+    outside.write_text("{}")
+    for folder in (snapshot, tmp_path / "plain"):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").symlink_to(outside)
+        with pytest.raises(BadFile, match="link out of its folder"):
+            member(folder, "tokenizer.json")
 
 
 @pytest.mark.parametrize(

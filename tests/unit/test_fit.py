@@ -36,6 +36,9 @@ def test_what_does_not_fit_says_the_numbers_and_what_would():
         fit.require(4_680_000_000, 28672, 32768, what="7b", memory=fit.Memory(8 * GB, 6 * GB))
     assert caught.value.what == "7b needs 6.8 GB of memory at a context of 32,768; 6.0 GB of 8.0 GB are available."
     assert caught.value.hint == "The largest context that fits is 20224: `--context 20224`."
+    with pytest.raises(DoesNotFit, match=r"7b needs 6\.8 GB") as caught:
+        fit.require(4_680_000_000, 28672, 16384, kv_bits=32, what="7b", memory=fit.Memory(8 * GB, 6 * GB))
+    assert caught.value.hint == "The largest context that fits is 9984: `--context 9984`."
     with pytest.raises(DoesNotFit, match="Take a smaller size or fewer bits"):
         fit.require(47 * GB, 163840, 256, memory=fit.Memory(8 * GB, 6 * GB))
 
@@ -83,7 +86,21 @@ def test_a_container_has_what_its_groups_leave(tmp_path):
     assert fit.within_cgroup(machine, "nonsense", tmp_path) == machine
 
 
+def test_the_page_cache_of_a_container_is_available(tmp_path):
+    machine = fit.Memory(16 * GB, 12 * GB)
+    group(tmp_path, 4 * GB, 4 * GB - 1000, f"anon {GB}\nfile {3 * GB}\ninactive_file {GB}\nactive_file {2 * GB}\nworkingset_refault_file 7")
+    assert fit.within_cgroup(machine, "0::/", tmp_path) == fit.Memory(4 * GB, 3 * GB + 1000)
+    group(tmp_path, 4 * GB, GB, f"inactive_file {2 * GB}\nactive_file {2 * GB}")
+    assert fit.within_cgroup(machine, "0::/", tmp_path) == fit.Memory(4 * GB, 4 * GB), "never more than the limit"
+
+
 def test_a_container_of_version_1(tmp_path):
     machine = fit.Memory(16 * GB, 12 * GB)
-    group(tmp_path / "memory", 3 * GB, GB, "total_inactive_file 0", names=("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    group(
+        tmp_path / "memory",
+        3 * GB,
+        2 * GB,
+        f"inactive_file 5\nactive_file 6\ntotal_inactive_file {GB // 2}\ntotal_active_file {GB // 2}",
+        names=("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
     assert fit.within_cgroup(machine, "7:cpu,memory:/docker/abc\n", tmp_path) == fit.Memory(3 * GB, 2 * GB)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_converters.target import VALID, Target
 from qwen2_local import paths
 from qwen2_local import store as module
 from qwen2_local.errors import BadFile, UnknownModel, UnsupportedModel, UsageError
 from qwen2_local.manifest import Manifest
-from qwen2_local.store import Store, resolve
+from qwen2_local.store import GUIDE_TARGETS, Store, resolve
 from tests.support.checkpoints import CONFIG, write_checkpoint
 from tests.support.gguf_bytes import model
 from tests.support.installed import install, manifest
@@ -111,8 +112,17 @@ def test_a_damaged_manifest_is_listed_and_not_used(store, changes):
     install(store, "7b")
     edit(store, **changes)
     assert [one.note for one in store.list()] == ["its manifest is damaged"]
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFile) as caught:
         store.get("7b")
+    assert "`qwen2-local rm 7b`" in caught.value.hint
+
+
+def test_a_manifest_that_is_no_json_says_how_to_go_on(store):
+    install(store, "7b:q4_0")
+    (store.folder / "7b@q4_0" / "manifest.json").write_text("{")
+    with pytest.raises(BadFile, match=r"manifest\.json is no valid JSON") as caught:
+        resolve("7b:q4_0")
+    assert caught.value.hint == "`qwen2-local rm 7b:q4_0`, then get it again."
 
 
 def test_a_file_cut_short_or_gone_is_named(store):
@@ -207,7 +217,17 @@ def test_the_guide(store, monkeypatch, tmp_path):
         resolve("guide")
     write_checkpoint(tmp_path / "package" / "guide", CONFIG, {})
     ref = resolve("Guide")
-    assert (ref.label, ref.format, ref.origin) == ("guide", "hf", "built-in")
+    assert (ref.label, ref.format, ref.origin, ref.target) == ("guide", "hf", "built-in", "")
+    ref = resolve("guide:MLX-4bit")
+    assert (ref.label, ref.format, ref.origin, ref.target) == ("guide:mlx-4bit", "hf", "built-in", "mlx:4bit")
+    for name in ("guide:q7_x", "guide:"):
+        with pytest.raises(UnknownModel, match="there is no") as caught:
+            resolve(name)
+        assert "q4_0" in caught.value.hint
+
+
+def test_the_guide_comes_as_every_target():
+    assert {Target.parse(text).label: text for text in VALID} == GUIDE_TARGETS
 
 
 def test_an_unknown_name_says_what_there_is(store):
@@ -215,9 +235,7 @@ def test_an_unknown_name_says_what_there_is(store):
     with pytest.raises(UnknownModel) as caught:
         resolve("gpt")
     assert str(caught.value) == (
-        'no model is called "gpt".\n'
-        "  Qwen2 comes as 0.5b, 1.5b, 7b, 57b and 72b; installed here: guide, 7b:q4_k_m.\n"
-        "  See `qwen2-local ls`."
+        'no model is called "gpt".\n  Qwen2 comes as 0.5b, 1.5b, 7b, 57b and 72b; installed here: guide, 7b:q4_k_m.\n  See `qwen2-local ls`.'
     )
     with pytest.raises(UnknownModel, match="Did you mean guide"):
         resolve("giude")
@@ -232,6 +250,7 @@ def test_an_unknown_name_says_what_there_is(store):
         ("0.5b:q4_0", "qwen2-0_5b-instruct-q4_0.gguf"),
         ("Qwen/Qwen2-7B", "hf download Qwen/Qwen2-7B --local-dir Qwen2-7B"),
         ("72b", 'hf download Qwen/Qwen2-72B-Instruct-GGUF --include "*q4_k_m*" --local-dir Qwen2-72B-Instruct'),
+        ("57b", "https://huggingface.co/Qwen/Qwen2-57B-A14B-Instruct-GGUF/tree/main lists them"),
     ],
 )
 def test_a_size_that_is_not_installed_says_how_to_get_it(store, name, command):

@@ -1,0 +1,199 @@
+"""What a model's files say of it, as loading reads them. No backend runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen2_local import fit, loading
+from qwen2_local.errors import BadFile, DoesNotFit
+from qwen2_local.loading import Opened, open_model
+from qwen2_local.types import Sampling
+from tests.support import gguf_bytes, random_qwen2, small_tokenizer, tiny_checkpoint
+from tests.support.gguf_bytes import BOOL, F32, I32, STRING, U32, array, key
+from tests.support.small_tokenizer import CONTROL
+
+END, TEXT_END, START = CONTROL["<|im_end|>"], CONTROL["<|endoftext|>"], CONTROL["<|im_start|>"]
+QWEN25 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CHATML = "{% for m in messages %}{{ '<|im_start|>' }}{% endfor %}"
+SAMPLED = Sampling(0.7, 0.8, 20, 1.05)
+GB = 10**9
+
+
+def open_gguf(folder: Path, *, file: str = "m.gguf", renamed: dict[str, str] | None = None, **keys: Any) -> Opened:
+    """A GGUF of nothing but zeros with `keys`, a double underscore for each dot, opened. renamed: other texts of tokens."""
+    made = gguf_bytes.model()
+    small = small_tokenizer.small_gguf()
+    tokens = [(renamed or {}).get(text, text) for text in small["tokenizer.ggml.tokens"]]
+    made.keys |= {
+        "tokens": array("tokenizer.ggml.tokens", STRING, tokens),
+        "types": array("tokenizer.ggml.token_type", I32, small["tokenizer.ggml.token_type"]),
+        "merges": array("tokenizer.ggml.merges", STRING, small["tokenizer.ggml.merges"]),
+        "pre": key("tokenizer.ggml.pre", STRING, "qwen2"),
+    }
+    del made.keys["eos"]
+    for name in ("token_embd.weight", "output.weight"):
+        made.tensors[name] = (gguf_bytes.HIDDEN, len(tokens))
+    kinds = {bool: BOOL, int: U32, float: F32, str: STRING}
+    for name, value in keys.items():
+        made.keys[name] = key(name.replace("__", "."), kinds[type(value)], value)
+    path = folder / file
+    path.write_bytes(made.build())
+    return open_model(str(path))
+
+
+def mlx_folder(folder: Path, *, dtype: str = "BF16", **said: Any) -> Path:
+    """An MLX folder. said: changes of its JSON files, by their names; None leaves one out."""
+    config = tiny_checkpoint.dense()
+    tiny_checkpoint.write(folder, config, random_qwen2.weights(config, 1), dtype=dtype)
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw.replace(b'{"format": "pt"}', b'{"format":"mlx"}'))
+    for name, changes in said.items():
+        path = folder / f"{name}.json"
+        if changes is None:
+            path.unlink()
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+# Sampling
+
+
+def test_an_official_gguf_is_instruct_though_its_name_does_not_say_so(tmp_path: Path) -> None:
+    made = open_gguf(tmp_path, general__name="qwen2-7b", tokenizer__ggml__eos_token_id=END)
+    assert made.sampling == SAMPLED
+    made = open_gguf(tmp_path, file="qwen2-7b-instruct-q4_0.gguf", general__name="qwen2-7b", tokenizer__ggml__eos_token_id=TEXT_END)
+    assert made.sampling == SAMPLED
+
+
+def test_a_base_gguf_is_greedy_though_it_has_a_template(tmp_path: Path) -> None:
+    made = open_gguf(tmp_path, general__name="Qwen2 7B", tokenizer__ggml__eos_token_id=TEXT_END, tokenizer__chat_template=CHATML)
+    assert made.sampling == Sampling()
+
+
+def test_what_a_gguf_says_of_sampling_counts(tmp_path: Path) -> None:
+    assert open_gguf(tmp_path, tokenizer__ggml__eos_token_id=END, general__sampling__temp=0.0).sampling.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "sampling"),
+    [
+        ({"generation_config": None}, SAMPLED),
+        ({"generation_config": None, "config": {"eos_token_id": TEXT_END}}, SAMPLED),
+        ({"generation_config": None, "config": {"eos_token_id": TEXT_END}, "tokenizer_config": {"eos_token": "<|endoftext|>"}}, Sampling()),
+        ({"generation_config": None, "config": {"eos_token_id": TEXT_END}, "tokenizer_config": {"eos_token": {"content": "<|im_end|>"}}}, SAMPLED),
+        ({"generation_config": {"do_sample": False}}, Sampling(repetition_penalty=1.05)),
+    ],
+)
+def test_sampling_of_a_folder(tmp_path: Path, said: dict[str, Any], sampling: Sampling) -> None:
+    assert open_model(str(mlx_folder(tmp_path / "m", **said))).sampling == sampling
+
+
+# Ends
+
+
+def test_a_folder_stops_at_the_ends_of_all_its_files(tmp_path: Path) -> None:
+    folder = mlx_folder(tmp_path / "m", generation_config={"eos_token_id": TEXT_END}, config={"eos_token_id": START})
+    assert open_model(str(folder)).stops == {END, TEXT_END, START}
+
+
+# The system message
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        (CHATML, None),
+        (f"<|im_start|>system\\n{QWEN25}<|im_end|>", QWEN25),
+        ("<|im_start|> You are a helpful assistant.", "You are a helpful assistant."),
+    ],
+)
+def test_the_default_system_message_is_the_template_s(tmp_path: Path, template: str, system: str | None) -> None:
+    assert open_gguf(tmp_path, tokenizer__chat_template=template).default_system == system
+    folder = mlx_folder(tmp_path / "m", tokenizer_config={"chat_template": template})
+    assert open_model(str(folder)).default_system == system
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert open_model(str(folder)).default_system == system
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text(template)
+    assert open_model(str(folder)).default_system == system
+
+
+def test_without_a_template_it_is_qwen2_s(tmp_path: Path) -> None:
+    assert open_gguf(tmp_path).default_system == "You are a helpful assistant."
+    assert open_model(str(mlx_folder(tmp_path / "m", tokenizer_config=None))).default_system == "You are a helpful assistant."
+
+
+# What stands before plain text
+
+
+@pytest.mark.parametrize(("bos", "add", "expected"), [(START, True, (START,)), (START, False, ()), (3, True, ())])
+def test_the_first_token_of_plain_text_in_a_gguf(tmp_path: Path, bos: int, add: bool, expected: tuple[int, ...]) -> None:
+    made = open_gguf(tmp_path, tokenizer__ggml__bos_token_id=bos, tokenizer__ggml__add_bos_token=add)
+    assert made.bos == expected
+    assert open_gguf(tmp_path, tokenizer__ggml__bos_token_id=bos).bos == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"add_bos_token": True, "bos_token": "<|im_start|>"}, (START,)),
+        ({"add_bos_token": True, "bos_token": {"content": "<|im_start|>"}}, (START,)),
+        ({"add_bos_token": False, "bos_token": "<|im_start|>"}, ()),
+        ({"add_bos_token": True, "bos_token": None}, ()),
+        ({"add_bos_token": True, "bos_token": [7]}, ()),
+        ({"bos_token": "<|im_start|>"}, ()),
+    ],
+)
+def test_the_first_token_of_plain_text_in_a_folder(tmp_path: Path, said: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert open_model(str(mlx_folder(tmp_path / "m", tokenizer_config=said))).bos == expected
+
+
+# Memory
+
+
+@pytest.mark.parametrize(("dtype", "widened"), [("BF16", 2), ("F16", 2), ("F32", 1)])
+def test_mlx_without_a_gpu_needs_room_for_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, widened: int) -> None:
+    folder = mlx_folder(tmp_path / "m", dtype=dtype)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(fit, "require", lambda weights, values, length, *, kv_bits, what: asked.append((weights, kv_bits)))
+    for widens in (False, True):
+        monkeypatch.setattr(loading, "_MLX_WIDENS", widens)
+        open_model(str(folder))
+    (plain, bits), (float32, wide_bits) = asked
+    assert (float32, bits, wide_bits) == (plain * widened, 16, 32)
+
+
+def test_a_gguf_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "machine_memory", lambda: fit.Memory(GB, GB // 10))
+    with pytest.raises(DoesNotFit, match=r"m\.gguf needs"):
+        open_gguf(tmp_path)
+
+
+# Links
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_links_out_of_a_folder_are_refused(tmp_path: Path, name: str) -> None:
+    folder = mlx_folder(tmp_path / "m")
+    outside = tmp_path / name
+    outside.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"x")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(BadFile, match="link out of its folder"):
+        open_model(str(folder))
+
+
+def test_a_hugging_face_cache_is_opened_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = mlx_folder(tmp_path / "models--x" / "snapshots" / "abc")
+    (tmp_path / "models--x" / "blobs").mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / "models--x" / "blobs" / path.name)
+        path.symlink_to(f"../../blobs/{path.name}")
+    monkeypatch.chdir(folder)
+    assert open_model(".").sampling == SAMPLED
