@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen2_local import fit, loading
+from qwen2_local import Message, Qwen2, fit, loading, model
 from qwen2_local.errors import BadFile, DoesNotFit
 from qwen2_local.loading import Opened, open_model
 from qwen2_local.types import Sampling
 from tests.support import gguf_bytes, random_qwen2, small_tokenizer, tiny_checkpoint
 from tests.support.gguf_bytes import BOOL, F32, I32, STRING, U32, array, key
+from tests.support.scripted import Scripted
 from tests.support.small_tokenizer import CONTROL
 
 END, TEXT_END, START = CONTROL["<|im_end|>"], CONTROL["<|endoftext|>"], CONTROL["<|im_start|>"]
@@ -152,6 +154,24 @@ def test_the_first_token_of_plain_text_in_a_gguf(tmp_path: Path, bos: int, add: 
 )
 def test_the_first_token_of_plain_text_in_a_folder(tmp_path: Path, said: dict[str, Any], expected: tuple[int, ...]) -> None:
     assert open_model(str(mlx_folder(tmp_path / "m", tokenizer_config=said))).bos == expected
+
+
+def test_the_api_puts_both_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_gguf(tmp_path, tokenizer__chat_template=QWEN25, tokenizer__ggml__bos_token_id=START, tokenizer__ggml__add_bos_token=True)
+    backend: list[Scripted] = []
+
+    def load() -> Scripted:
+        backend.append(Scripted())
+        return backend[0]
+
+    monkeypatch.setattr(model, "open_model", lambda name, **options: replace(opened, load=load))
+    with Qwen2("m") as loaded:
+        loaded.complete("a", max_tokens=1).finish()
+        assert backend[0].steps[0] == (0, (START, *opened.tokenizer.encode("a")))
+        del backend[0].steps[:]
+        loaded.respond([Message("user", "a")], max_tokens=1).finish()
+        seen = [token for _, tokens in backend[0].steps for token in tokens]
+    assert QWEN25 in opened.tokenizer.decode(seen)
 
 
 # Memory
