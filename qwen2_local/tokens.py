@@ -47,7 +47,7 @@ class Tokenizer:
         return cls(read_gguf(keys, where), where)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, which is brought to NFC first; `<|im_end|>` and the like count as the letters they are made of.
+        """The ids of `text`, brought to NFC first if the vocabulary asks for it; `<|im_end|>` and the like count as the letters they are made of.
 
         Raises InvalidPrompt for lone surrogates.
         """
@@ -95,7 +95,8 @@ def _engine(vocabulary: Vocabulary, where: str) -> tokenizers.Tokenizer:
         # Also a merge that would make an added token out of plain text ends here: the base does not hold its result.
         raise BadFile(f"{where}: its merges do not fit its vocabulary ({error}).", hint="Fetch or convert the model again.") from error
     engine = tokenizers.Tokenizer(bpe)
-    engine.normalizer = normalizers.NFC()
+    if vocabulary.nfc:
+        engine.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), "isolated")
     engine.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return engine

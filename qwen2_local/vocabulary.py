@@ -1,12 +1,11 @@
 """What a tokenizer file says, checked: the tokens and merges of a byte-level BPE of the Qwen2 kind.
 
-Both sources are hostile input. Nothing of them but plain strings and ids gets past this module: no pattern, template or option of a
-file is ever used, because a file with any other than Qwen2's own is refused.
+Both sources are hostile input. Nothing of them but plain strings and ids, and whether text is brought to NFC first, gets past this
+module: no pattern or template of a file is ever used, because a file with any other than Qwen2's own is refused.
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +13,19 @@ from pathlib import Path
 from typing import cast
 
 from qwen2_local.errors import BadFile, UnsupportedModel
+from qwen2_local.formats.strict_json import read_object
 
 SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Qwen2 cuts text into words before BPE; the mark by which its tokenizer is known (Hugging Face's tokenizer.json of Qwen2)."""
 
-GGUF_PRE = frozenset({"qwen2", "deepseek-r1-qwen"})
-"""The names llama.cpp gives to that pattern (llama-vocab.cpp)."""
+GGUF_PRE = {"qwen2": True, "deepseek-r1-qwen": False}
+"""The names llama.cpp gives to that pattern (llama-vocab.cpp); whether text is brought to NFC before it."""
+
+_QWEN2_SIZES = (151_643, 151_387)
+"""Qwen2's base tokens and merges: how its vocabulary is known in a file that gives no name, as those of early 2024."""
 
 _CONTROL_TEXTS = frozenset({"<|endoftext|>", "<|im_start|>", "<|im_end|>"})
-_LIMIT_BYTES = 32 << 20  # Qwen2's own is 7 MB; JSON grows about twentyfold in memory.
+_LIMIT_BYTES = 32_000_000  # Qwen2's own is 7 MB; JSON grows about twentyfold in memory.
 _LIMIT_TOKENS = 1 << 20
 
 
@@ -42,13 +45,14 @@ class Vocabulary:
     """A byte-level BPE vocabulary.
 
     base: ordinary tokens, written in the byte alphabet, to their ids. merges: pairs of them, best first. added: plain text of the tokens
-    outside BPE, by id. control: those of `added` that are marks, not text. Ids may have gaps.
+    outside BPE, by id. control: those of `added` that are marks, not text. nfc: text is brought to NFC first. Ids may have gaps.
     """
 
     base: Mapping[str, int]
     merges: list[tuple[str, str]]
     added: Mapping[int, str]
     control: frozenset[int]
+    nfc: bool = True
 
 
 def read_tokenizer_json(path: Path) -> Vocabulary:
@@ -57,7 +61,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     Raises BadFile for a damaged file, UnsupportedModel for a tokenizer that is not of Qwen2's kind; both say what it is about.
     """
     where = str(path)
-    root = _mapping(_load(path), where, "the file")
+    root = read_object(path, _LIMIT_BYTES)
     _require_qwen2_kind(root, where)
     model = _mapping(root.get("model"), where, "model")
 
@@ -81,7 +85,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
         if base.get(content) == number:
             del base[content]
     merges = _pairs(_list(model.get("merges"), where, "model.merges"), where, "model.merges")
-    return _checked(Vocabulary(base, merges, added, frozenset(control)), where)
+    return _checked(Vocabulary(base, merges, added, frozenset(control), _nfc(root.get("normalizer"), where)), where)
 
 
 def read_gguf(keys: Mapping[str, object], where: str) -> Vocabulary:
@@ -89,10 +93,10 @@ def read_gguf(keys: Mapping[str, object], where: str) -> Vocabulary:
 
     Padding up to the size of the embedding (`[PAD151646]`, or the type "unused") is left out. Raises as `read_tokenizer_json` does.
     """
-    model, pre = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre")
+    model, pre = keys.get("tokenizer.ggml.model"), keys.get("tokenizer.ggml.pre", "default")
     if model != "gpt2":
         raise _unsupported(where, f"tokenizer.ggml.model is {_shown(model)}, not 'gpt2'")
-    if not isinstance(pre, str) or pre not in GGUF_PRE:
+    if not isinstance(pre, str) or pre not in (*GGUF_PRE, "default"):
         raise _unsupported(where, f"tokenizer.ggml.pre is {_shown(pre)}, not 'qwen2'")
     texts = _list(keys.get("tokenizer.ggml.tokens"), where, "tokenizer.ggml.tokens")
     kinds = _list(keys.get("tokenizer.ggml.token_type"), where, "tokenizer.ggml.token_type")
@@ -116,32 +120,24 @@ def read_gguf(keys: Mapping[str, object], where: str) -> Vocabulary:
         elif kind != 5:  # unused
             raise _unsupported(where, f"tokenizer.ggml.token_type holds {_shown(kind)}")
     merges = _pairs(_list(keys.get("tokenizer.ggml.merges"), where, "tokenizer.ggml.merges"), where, "tokenizer.ggml.merges")
-    return _checked(Vocabulary(base, merges, added, frozenset(control)), where)
+    if pre == "default" and (len(base), len(merges)) != _QWEN2_SIZES:
+        raise _unsupported(where, "tokenizer.ggml.pre does not name its pattern, and its vocabulary is not Qwen2's")
+    return _checked(Vocabulary(base, merges, added, frozenset(control), GGUF_PRE.get(pre, True)), where)
 
 
 _FETCH_AGAIN = "The file is damaged or made by a faulty tool: fetch or convert the model again."
 
 
-def _load(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LIMIT_BYTES + 1)
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}.", hint="A model folder needs its tokenizer.json.") from error
-    if len(raw) > _LIMIT_BYTES:
-        raise BadFile(f"{path}: larger than {_LIMIT_BYTES >> 20} MiB, which no tokenizer of Qwen2 is.", hint=_FETCH_AGAIN)
-    try:
-        root: object = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: no valid JSON.", hint=_FETCH_AGAIN) from error
-    return root
+def _nfc(normalizer: object, where: str) -> bool:
+    """Whether the normalizer is NFC; False for none at all."""
+    if normalizer == {"type": "NFC"}:
+        return True
+    if normalizer is None or normalizer == {"type": "Sequence", "normalizers": []}:
+        return False
+    raise _unsupported(where, "its normalizer is not NFC")
 
 
 def _require_qwen2_kind(root: Mapping[str, object], where: str) -> None:
-    normalizer = root.get("normalizer")
-    if not isinstance(normalizer, dict) or normalizer.get("type") != "NFC":
-        raise _unsupported(where, "its normalizer is not NFC")
-
     pre = root.get("pre_tokenizer")
     steps = pre.get("pretokenizers") if isinstance(pre, dict) and pre.get("type") == "Sequence" else None
     if not isinstance(steps, list) or len(steps) != 2 or not all(isinstance(step, dict) for step in steps):

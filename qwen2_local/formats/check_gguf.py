@@ -28,6 +28,16 @@ _FILE_TYPES = {
     36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
 }  # fmt: skip
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+_MAX_EXPERTS = 256  # LLAMA_MAX_EXPERTS of older builds; it is 1024 now, and Qwen2 has 64 at most
+
+# Numbers that llama.cpp reads where a file has them.
+_NUMBERS = {
+    "rope.freq_base": (1.0, 1e12), "rope.scaling.factor": (0.0, 1e6), "rope.scale_linear": (0.0, 1e6),
+    "rope.scaling.attn_factor": (0.0, 1e6), "rope.scaling.alpha": (0.0, 1e6),
+}  # fmt: skip
+_SCALINGS = ("none", "linear", "yarn", "longrope")
+
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
@@ -95,14 +105,9 @@ def open_gguf(path: Path) -> GgufModel:
     kv_heads = keys.count(f"{at}attention.head_count_kv", 1 << 10, default=heads)
     if hidden % heads or hidden // heads % 2 or heads % kv_heads:
         raise _bad(path, f"{heads} heads and {kv_heads} KV heads do not divide {hidden} channels")
-    for name in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        # llama.cpp aborts the process on another one.
-        if keys.count(f"{at}{name}", 1 << 16, default=hidden // heads) != hidden // heads:
-            raise _unsupported(path, f"has a {at}{name} that is not {hidden // heads}", "No Qwen2 has that.")
-    layers = keys.count(f"{at}block_count", 1 << 10)
+    layers = keys.count(f"{at}block_count", _MAX_LAYERS)
     keys.number(f"{at}attention.layer_norm_rms_epsilon", 1e-12, 1e-2)
-    if f"{at}rope.freq_base" in header.keys:
-        keys.number(f"{at}rope.freq_base", 1.0, 1e12)
+    _check_options(keys, at, hidden, hidden // heads)
     _check_tensors(path, tensors, _expected(keys, at, vocabulary, hidden, layers, hidden // heads * kv_heads))
     return GgufModel(
         paths=tuple(part.path for part in headers),
@@ -162,6 +167,9 @@ def _check_tokenizer(header: GgufHeader, keys: _Keys) -> int:
     tokens = header.strings("tokenizer.ggml.tokens")
     if not tokens or not header.strings("tokenizer.ggml.merges"):
         raise _bad(header.path, "it has no tokens or no merges")
+    # llama.cpp aborts the process on a token that occurs twice, and gives empty ones this name.
+    if len({token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)}) != len(tokens):
+        raise _bad(header.path, "tokenizer.ggml.tokens holds a token twice")
     for name, code in (("token_type", "i"), ("scores", "f")):
         # llama.cpp reads these arrays up to the number of tokens.
         values = header.keys.get(f"tokenizer.ggml.{name}")
@@ -174,6 +182,29 @@ def _check_tokenizer(header: GgufHeader, keys: _Keys) -> int:
     return len(tokens)
 
 
+def _check_options(keys: _Keys, at: str, hidden: int, head_dim: int) -> None:
+    """The keys that a file may lack, but may not have with any value: llama.cpp aborts the process on most others."""
+    path, header = keys.header.path, keys.header
+    alone: dict[str, int | bool] = {
+        "embedding_length_out": hidden, "attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0,
+        "attention.key_length": head_dim, "attention.value_length": head_dim, "rope.dimension_count": head_dim,
+        "attention.key_length_swa": head_dim, "attention.value_length_swa": head_dim, "rope.dimension_count_swa": head_dim,
+    }  # fmt: skip
+    if at == "qwen2.":
+        alone |= {"expert_count": 0, "expert_used_count": 0}
+    for name, only in alone.items():
+        value = header.keys.get(f"{at}{name}", only)
+        if type(value) is not type(only) or value != only:
+            raise _unsupported(path, f"has a {at}{name} of {_shown(value)}, not {only}", "No Qwen2 that writes text has that.")
+    for name, (least, most) in _NUMBERS.items():
+        if f"{at}{name}" in header.keys:
+            keys.number(f"{at}{name}", least, most)
+    keys.count(f"{at}rope.scaling.original_context_length", 1 << 24, least=0, default=0)
+    scaling = header.text(f"{at}rope.scaling.type")
+    if scaling not in (None, *_SCALINGS):
+        raise _unsupported(path, f"has the rope scaling {scaling[:40]!r}", f"Known are {', '.join(_SCALINGS)}.")
+
+
 def _expected(keys: _Keys, at: str, vocabulary: int, hidden: int, layers: int, kv: int) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """Name, shape, and whether the tensor has to be there."""
     intermediate = keys.count(f"{at}feed_forward_length", 1 << 20)
@@ -181,8 +212,10 @@ def _expected(keys: _Keys, at: str, vocabulary: int, hidden: int, layers: int, k
     yield "token_embd.weight", (hidden, vocabulary), True
     yield "output_norm.weight", (hidden,), True
     yield "output.weight", (hidden, vocabulary), moe
-    if moe:
-        experts = keys.count(f"{at}expert_count", 1 << 10)
+    if not moe:
+        yield "output.bias", (vocabulary,), False
+    else:
+        experts = keys.count(f"{at}expert_count", _MAX_EXPERTS)
         used = keys.count(f"{at}expert_used_count", experts)
         # The first files of 57B-A14B lack these two; llama.cpp derives them like this.
         size = keys.count(f"{at}expert_feed_forward_length", 1 << 20, default=max(1, intermediate // used))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from qwen2_local.errors import BadFile
+from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.ggml_types import BY_NUMBER, GgmlType
 from qwen2_local.formats.magic import not_a, open_regular
 
@@ -32,9 +32,11 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 10: "
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _UINT32 = 4
 
+# Types that llama.cpp wrote in the autumn of 2024 and has dropped since: it repacks Q4_0 and IQ4_NL as it loads them.
+_RETIRED = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
+
 GgufValue: TypeAlias = "int | float | bool | str | list[str] | array[int] | array[float]"
 """The value of a key."""
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,10 @@ class GgufHeader:
 
 
 def read_gguf(path: Path) -> GgufHeader:
-    """Reads and checks the header of `path` (GGUF version 2 or 3, little endian). Raises BadFile that says what is wrong."""
+    """Reads and checks the header of `path` (GGUF version 2 or 3, little endian).
+
+    Raises BadFile that says what is wrong, UnsupportedModel for tensors of a type that llama.cpp has dropped.
+    """
     try:
         with open_regular(path) as file:
             return _read(path, file)
@@ -166,6 +171,9 @@ class _Cursor:
                 at = stop
         except UnicodeDecodeError as error:
             raise _bad(self.path, f"{what} holds text that is not UTF-8") from error
+        # llama.cpp reads C strings: two texts that differ behind a zero are one to it.
+        if any("\0" in value for value in values):
+            raise _bad(self.path, f"{what} holds text with a zero")
         self.at = at
         return values
 
@@ -175,17 +183,18 @@ def _read_keys(cursor: _Cursor, count: int) -> tuple[dict[str, GgufValue], int]:
     alignment = 32
     for number in range(count):
         key = cursor.string(f"key {number}")
-        if not key or len(key) > 65_535:
-            raise _bad(cursor.path, f"key {number} is empty or longer than 65535")
+        # A zero would end the key for llama.cpp, so that it is another than the one checked here.
+        if not key or len(key) > 65_535 or "\0" in key:
+            raise _bad(cursor.path, f"key {number} is empty, longer than 65535, or holds a zero")
         if key in keys:
             raise _bad(cursor.path, f"the key {key[:100]!r} appears twice")
         kind = cursor.number("<I")
         keys[key] = _read_array(cursor, key) if kind == _ARRAY else _read_value(cursor, key, kind)
         if key == "general.alignment":
-            # ggml aborts the process on another type.
+            # ggml aborts the process on another type, and on tensors that lie closer than its own alignment of 32.
             value = keys[key]
-            if kind != _UINT32 or not isinstance(value, int) or value & (value - 1) or not 1 <= value <= 1 << 16:
-                raise _bad(cursor.path, f"general.alignment is {str(value)[:40]}, but has to be a uint32 power of two up to 65536")
+            if kind != _UINT32 or not isinstance(value, int) or value & (value - 1) or not 32 <= value <= 1 << 16:
+                raise _bad(cursor.path, f"general.alignment is {str(value)[:40]}, but has to be a uint32 power of two from 32 to 65536")
             alignment = value
     return keys, alignment
 
@@ -246,6 +255,9 @@ def _read_infos(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[
             raise _bad(cursor.path, f"{where} has the impossible shape {list(shape)}")
         type_number = cursor.number("<I")
         kind = BY_NUMBER.get(type_number)
+        if kind is None and type_number in _RETIRED:
+            fault = f"{cursor.path} is no longer supported: {where} is {_RETIRED[type_number]}, which llama.cpp has dropped."
+            raise UnsupportedModel(fault, hint=f"Take the {_RETIRED[type_number].rsplit('_', 2)[0]} file instead.")
         if kind is None:
             raise _bad(cursor.path, f"{where} has the unknown type {type_number}")
         if shape[0] % kind.block:

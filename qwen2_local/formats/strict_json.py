@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,8 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in the file `path`, of at most `limit` bytes. Raises BadFile, also where there is no such file."""
     try:
         with open_regular(path) as file:
-            raw = file.read(limit + 1)
+            # A read takes memory for all that it asks for.
+            raw = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}.", hint="Check that the folder is complete.") from error
     if len(raw) > limit:

@@ -44,6 +44,9 @@ FAULTS = {
     "more keys than there are": (whole([ARCH], [], key_count=2), "truncated|empty"),
     "more tensors than there are": (whole([ARCH], [info("t", (4,), 0, 0)], bytes(16), tensor_count=3), "truncated|empty"),
     "an empty key": (whole([key("", U32, 1)], []), "empty"),
+    # C strings end at a zero: llama.cpp would take this for the key itself.
+    "a key with a zero": (whole([key("qwen2.block_count\0x", U32, 1)], []), "holds a zero"),
+    "a token with a zero": (whole([array("tokenizer.ggml.tokens", STRING, ["zz\0a", "zz\0b"])], []), "text with a zero"),
     "a key of 70000": (whole([key("k" * 70_000, U32, 1)], []), "longer than 65535"),
     "a key twice": (whole([ARCH, ARCH], []), "'general.architecture' appears twice"),
     "a key that is no text": (whole([string(b"\xff\xfe") + struct.pack("<II", U32, 1)], []), "not UTF-8"),
@@ -57,6 +60,8 @@ FAULTS = {
     "alignment 0": (whole([key("general.alignment", U32, 0)], []), "power of two"),
     "alignment 24": (whole([key("general.alignment", U32, 24)], []), "power of two"),
     "alignment 2**31": (whole([key("general.alignment", U32, 2**31)], []), "power of two"),
+    # ggml aborts the process on tensors that lie closer than 32 bytes.
+    "alignment 16": (whole([key("general.alignment", U32, 16)], []), "power of two"),
     "alignment of another type": (whole([key("general.alignment", U64, 32)], []), "uint32"),
     "alignment is text": (whole([key("general.alignment", STRING, "32")], []), "uint32"),
     "a tensor without a name": (whole([], [info("", (4,), 0, 0)], bytes(16)), "empty"),
@@ -117,6 +122,15 @@ def test_faults_are_named(tmp_path, name):
         read_gguf(path)
     assert str(path) in caught.value.what
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(("number", "name", "instead"), [(31, "Q4_0_4_4", "Q4_0"), (33, "Q4_0_8_8", "Q4_0"), (36, "IQ4_NL_4_4", "IQ4_NL")])
+def test_retired_types_are_no_damage(tmp_path, number, name, instead):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(whole([], [info("t", (32,), number, 0)], bytes(64)))
+    with pytest.raises(UnsupportedModel, match=f"'t' is {name}, which llama.cpp has dropped") as caught:
+        read_gguf(path)
+    assert caught.value.hint == f"Take the {instead} file instead."
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -182,6 +196,21 @@ LIES = {
     "token types are text": (keyed("types", key("tokenizer.ggml.token_type", STRING, "x")), "token_type"),
     "scores of 8 bytes": (keyed("scores", array("tokenizer.ggml.scores", F64, [1] * 5)), "scores"),
     "eos past the vocabulary": (keyed("eos", key("tokenizer.ggml.eos_token_id", U32, 5)), "eos_token_id is 5"),
+    # On these llama.cpp aborts the process.
+    "a token twice": (keyed("tokens", array("tokenizer.ggml.tokens", STRING, list("abcda"))), "holds a token twice"),
+    "an empty token's other name": (keyed("tokens", array("tokenizer.ggml.tokens", STRING, ["a", "", "[EMPTY_1]", "b", "c"])), "a token twice"),
+    "513 layers": (keyed("block_count", key("qwen2.block_count", U32, 513)), "block_count is 513"),
+    "an unknown rope scaling": (keyed("k", key("qwen2.rope.scaling.type", STRING, "bogus")), "rope scaling 'bogus'"),
+    "rope scaling is a number": (keyed("k", key("qwen2.rope.scaling.type", U32, 1)), "rope.scaling.type is no string"),
+    "experts in a dense model": (keyed("k", key("qwen2.expert_count", U32, 5000)), "expert_count of 5000"),
+    "used experts in a dense model": (keyed("k", key("qwen2.expert_used_count", U32, 2)), "expert_used_count of 2"),
+    "used experts, a number a layer": (keyed("k", array("qwen2.expert_used_count", U32, [2, 2])), "expert_used_count of a list"),
+    "groups of experts": (keyed("k", key("qwen2.expert_group_count", U32, 2)), "expert_group_count of 2"),
+    "more predicting layers than layers": (keyed("k", key("qwen2.nextn_predict_layers", U32, 99)), "nextn_predict_layers of 99"),
+    "another size behind the last layer": (keyed("k", key("qwen2.embedding_length_out", U32, 7)), "embedding_length_out of 7"),
+    "sees the future": (keyed("k", key("qwen2.attention.causal", BOOL, 0)), "attention.causal of False"),
+    "stretched by NaN": (keyed("k", key("qwen2.rope.scaling.factor", F32, float("nan"))), "scaling.factor is nan"),
+    "stretched from a negative length": (keyed("k", key("qwen2.rope.scaling.original_context_length", I32, -1)), "context_length is -1"),
     "no layers": (keyed("block_count", key("qwen2.block_count", U32, 0)), "block_count is 0"),
     "four billion layers": (keyed("block_count", key("qwen2.block_count", U32, 2**32 - 1)), "block_count"),
     "a layer more": (keyed("block_count", key("qwen2.block_count", U32, 3)), "'blk.2.attn_norm.weight' is missing"),
@@ -201,6 +230,7 @@ LIES = {
     "a transposed matrix": (shaped("blk.0.ffn_up.weight", (48, 32)), "'blk.0.ffn_up.weight' has the shape"),
     "a bias too long": (shaped("blk.1.attn_k.bias", (32,)), "'blk.1.attn_k.bias' has the shape"),
     "an extra tensor": (shaped("blk.0.attn_q.scale", (1,)), "'blk.0.attn_q.scale' does not belong"),
+    "a bias of the head too long": (shaped("output.bias", (6,)), "'output.bias' has the shape"),
     "a missing bias": (lambda m: m.tensors.pop("blk.1.attn_v.bias"), "'blk.1.attn_v.bias' is missing"),
     "weights are integers": (lambda m: setattr(m, "kind", 26), "I32"),
 }
@@ -228,6 +258,9 @@ def test_the_unlying_models_open(tmp_path):
 MOE_LIES = {
     "no experts": (keyed("expert_count", key("qwen2moe.expert_count", U32, 0)), "expert_count is 0"),
     "more used than there are": (keyed("expert_used_count", key("qwen2moe.expert_used_count", U32, 5)), "expert_used_count is 5"),
+    "257 experts": (keyed("expert_count", key("qwen2moe.expert_count", U32, 257)), "expert_count is 257"),
+    "groups of experts": (keyed("k", key("qwen2moe.expert_group_count", U32, 2)), "expert_group_count of 2"),
+    "a bias of the head": (shaped("output.bias", (5,)), "'output.bias' does not belong"),
     "an expert less": (shaped("blk.0.ffn_up_exps.weight", (32, 24, 3)), "ffn_up_exps"),
     "no head": (lambda m: m.tensors.pop("output.weight"), "'output.weight' is missing"),
 }

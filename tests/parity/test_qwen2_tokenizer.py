@@ -47,6 +47,13 @@ def test_ids_are_the_references(tokenizer: Tokenizer) -> None:
     assert wrong == []
 
 
+def test_a_gguf_that_does_not_name_its_pattern_is_known_by_its_vocabulary(tokenizer: Tokenizer) -> None:
+    keys = qwen2_vocabulary.gguf_keys()
+    del keys["tokenizer.ggml.pre"]
+    nameless = Tokenizer.from_gguf(keys)
+    assert [nameless.encode(text) for text, _ in GOLDEN[:20]] == [ids for _, ids in GOLDEN[:20]]
+
+
 def test_decoding_gives_the_text_back(tokenizer: Tokenizer) -> None:
     wrong = [text for text, ids in GOLDEN if tokenizer.decode(ids) != unicodedata.normalize("NFC", text)]
     assert wrong == []

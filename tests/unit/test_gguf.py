@@ -6,7 +6,7 @@ import pytest
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.ggml_types import BY_NAME, TYPES
 from qwen2_local.formats.gguf import read_gguf
-from tests.support.gguf_bytes import F32, I32, STRING, U32, array, info, key, model, whole
+from tests.support.gguf_bytes import BOOL, F32, I32, STRING, U32, array, info, key, model, whole
 
 
 def test_types_are_those_of_the_gguf_package():
@@ -85,3 +85,25 @@ def test_a_model_with_a_tied_embedding_and_later_keys(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(made.build())
     assert open_gguf(path).quantization == "Q4_K_M"
+
+
+def test_what_converters_write_besides_is_no_fault(tmp_path):
+    made = model()
+    numbers = {
+        "rope.dimension_count": 8, "attention.key_length": 8, "attention.value_length": 8, "vocab_size": 5, "attention.sliding_window": 32768,
+        "rope.scaling.original_context_length": 32768, "expert_count": 0, "expert_used_count": 0, "pooling_type": 3,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        made.keys[f"k {name}"] = key(f"qwen2.{name}", U32, number)
+    made.keys["scaling"] = key("qwen2.rope.scaling.type", STRING, "yarn")
+    made.keys["factor"] = key("qwen2.rope.scaling.factor", F32, 4.0)
+    made.keys["attn"] = key("qwen2.rope.scaling.attn_factor", F32, 1.0)
+    made.keys["finetuned"] = key("qwen2.rope.scaling.finetuned", BOOL, 0)
+    made.keys["causal"] = key("qwen2.attention.causal", BOOL, 1)
+    made.keys["layout"] = key("qwen2.tensor_data_layout", STRING, "reference")
+    made.keys["imatrix"] = key("quantize.imatrix.entries_count", I32, 7)
+    made.keys["tokens"] = array("tokenizer.ggml.tokens", STRING, ["a", "b", "c", "", "[PAD4]"])
+    made.tensors["output.bias"] = (5,)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(made.build())
+    assert open_gguf(path).layers == 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tracemalloc
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qwen2_local import vocabulary
 from qwen2_local.errors import BadFile, InvalidPrompt, UnsupportedModel
 from qwen2_local.tokens import Tokenizer
-from tests.support.small_tokenizer import BASE, CONTROL, SIZE, TOOL, small_gguf, small_json
+from qwen2_local.vocabulary import read_tokenizer_json
+from tests.support.small_tokenizer import BASE, CONTROL, MERGES, SIZE, TOOL, small_gguf, small_json
 
 GGUF = Tokenizer.from_gguf(small_gguf())
 LIKE_MARKS = st.lists(st.sampled_from([*CONTROL, TOOL, "hello", " hello", "<|", "|>", "\n", "é", "e\u0301"]) | st.text(max_size=3)).map("".join)
@@ -98,7 +102,8 @@ def test_very_long_words_are_no_trouble(tokenizer: Tokenizer) -> None:
 Change = Callable[[dict[str, Any]], object]
 
 OTHER_KINDS: dict[str, Change] = {
-    "normalizer is not NFC": lambda root: root.update(normalizer=None),
+    "normalizer is not NFC": lambda root: root.update(normalizer={"type": "NFKC"}),
+    "normalizer is not NFC ": lambda root: root.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}),
     "split pattern": lambda root: root["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}"}),
     "split pattern ": lambda root: root["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": " "}),
     "isolate": lambda root: root["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
@@ -184,9 +189,58 @@ def test_a_missing_and_a_monstrous_file(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="cannot be read"):
         Tokenizer.from_json(path)
     with path.open("wb") as file:
-        file.truncate(33 << 20)
-    with pytest.raises(BadFile, match="32 MiB"):
+        file.truncate(33_000_000)
+    with pytest.raises(BadFile, match="larger than 32 MB"):
         Tokenizer.from_json(path)
+
+
+@pytest.mark.parametrize("member", ['"x": NaN', '"model": {}'])
+def test_a_number_that_is_none_and_a_key_twice(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(f"{{{member}, {json.dumps(small_json())[1:]}")
+    with pytest.raises(BadFile, match="no valid JSON"):
+        Tokenizer.from_json(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(BadFile, match="no plain file"):
+        Tokenizer.from_json(tmp_path / "tokenizer.json")
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(small_json()))
+    tracemalloc.start()
+    read_tokenizer_json(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "Sequence", "normalizers": []}])
+def test_without_a_normalizer_text_is_taken_as_it_is(tmp_path: Path, normalizer: object) -> None:
+    composing = from_json(tmp_path, small_json())
+    literal = from_json(tmp_path, small_json() | {"normalizer": normalizer})
+    assert composing.decode(composing.encode("e\u0301")) == "é"
+    assert literal.decode(literal.encode("e\u0301")) == "e\u0301"
+
+
+def test_the_name_of_a_gguf_s_pattern_says_whether_text_is_composed() -> None:
+    literal = Tokenizer.from_gguf(small_gguf() | {"tokenizer.ggml.pre": "deepseek-r1-qwen"})
+    assert literal.decode(literal.encode("e\u0301")) == "e\u0301"
+    assert GGUF.decode(GGUF.encode("e\u0301")) == "é"
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_a_nameless_gguf_is_qwen2_s_only_with_its_vocabulary(monkeypatch: pytest.MonkeyPatch, pre: str | None) -> None:
+    keys = small_gguf() | {"tokenizer.ggml.pre": pre}
+    if pre is None:
+        del keys["tokenizer.ggml.pre"]
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.ggml\.pre"):
+        Tokenizer.from_gguf(keys)
+    monkeypatch.setattr(vocabulary, "_QWEN2_SIZES", (len(BASE), len(MERGES)))
+    assert Tokenizer.from_gguf(keys).encode("hello é") == GGUF.encode("hello é")
 
 
 def test_a_merge_cannot_make_a_control_token(tmp_path: Path) -> None:
