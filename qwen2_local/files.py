@@ -1,6 +1,11 @@
-"""Files that are whole or not there: atomic writes, folders built aside and published by a rename, locks, checked names, disk space.
+"""Files that are whole or not there: atomic writes, files and folders built aside and published by a rename, locks, checked names, disk space.
 
-Unfinished work lies under a name that starts with ".qwen2-", locked by its maker. `sweep` deletes what nobody holds any more.
+Unfinished work lies beside what it is to become, locked by its maker, under a name of its own:
+
+    .qwen2-0123456789abcdef        what is being made, or deleted
+    .qwen2-old-0123456789abcdef    holds a folder while another takes its place
+
+`sweep` deletes the first kind and puts back what the second holds, once nobody holds them any more. So it may be used in any folder.
 """
 
 from __future__ import annotations
@@ -15,14 +20,17 @@ import shutil
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from qwen2_local.errors import BadFile, DoesNotFit, UsageError
 
 _UNFINISHED = ".qwen2-"
+_REPLACED = ".qwen2-old-"
+_LEFTOVER = re.compile(r"\.qwen2-(old-)?[0-9a-f]{16}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _LOCK_PAUSE = 0.05
+_TELL_AGAIN = 1.0
 _GET_AGAIN = "Get the files from their original source."
 _EXISTS = "Delete it first, or choose another name."
 
@@ -85,12 +93,17 @@ def require_free(path: Path, needed: int) -> None:
 
 @contextmanager
 def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turns a full disk (ENOSPC, EDQUOT) inside the block into DoesNotFit. `needed`: bytes that the block writes below `path`, if known."""
+    """Turns a full disk (ENOSPC, EDQUOT) inside the block into DoesNotFit. `needed`: bytes that the block writes below `path`, if known.
+
+    Other OSErrors about unfinished work name `path` instead, which is the name that somebody knows.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(path, needed, free_bytes(path)) from error
+        if _LEFTOVER.search(str(error.filename)):
+            error.filename = str(path)
         raise
 
 
@@ -107,20 +120,20 @@ def _disk_full(path: Path, needed: int | None, free: int) -> DoesNotFit:
 def lock(path: Path, *, what: str = "", wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds the lock file `path` for the block: one process, one thread at a time. The file stays. `what` it guards is for the message.
 
-    Waits up to `wait_s` seconds, after telling `on_wait` once who holds it ("process 123"); then raises UsageError that names the holder.
+    Waits up to `wait_s` seconds, and tells `on_wait` every second who holds it ("process 123"); then raises UsageError that names the holder.
     The system lets go of the lock when its process ends, however it ends.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         deadline = time.monotonic() + wait_s
-        told = False
+        tell = time.monotonic()
         while not _try_lock(handle):
             holder = _holder(handle)
             if time.monotonic() >= deadline:
                 raise UsageError(f"{what or path.name} is in use by {holder}.", hint="Wait until it is done, or end it.")
-            if on_wait and not told:
+            if on_wait and time.monotonic() >= tell:
                 on_wait(holder)
-                told = True
+                tell = time.monotonic() + _TELL_AGAIN
             time.sleep(_LOCK_PAUSE)
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
@@ -159,33 +172,43 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises DoesNotFit on a full disk, OSError otherwise; the old file is then as before.
     """
     raw = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
-    with disk_errors(path, len(raw)):
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            _hold(handle)
-            with os.fdopen(handle, "wb", closefd=False) as file:
-                file.write(raw)
-            os.fsync(handle)
-            temporary.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        finally:
-            os.close(handle)
-        _sync_folder(path.parent)
+    with staging_file(path, overwrite=True, needed=len(raw)) as temporary:
+        temporary.write_bytes(raw)
 
 
 @contextmanager
-def staging(final: Path) -> Iterator[Path]:
-    """A folder to build `final` in: published by a rename when the block ends well, deleted when it does not.
+def staging_file(final: Path, *, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
+    """An empty file, mode 0600, to write: it becomes `final` when the block ends well, and is deleted when it does not.
 
-    Whoever lists finished folders by a manifest writes it as the last file of the block. Raises UsageError if `final` exists
-    (before the block, or because somebody else was faster), DoesNotFit on a full disk.
+    Raises UsageError if `final` exists (before the block, or because somebody else was faster), unless `overwrite`; DoesNotFit on a
+    full disk, which says how many bytes are `needed`.
     """
-    if final.exists():
-        raise UsageError(f"{final} exists.", hint=_EXISTS)
+    if not overwrite:
+        refuse_existing(final)
+    with disk_errors(final, needed):
+        temporary, handle = _claim_file(final.parent)
+        try:
+            yield temporary
+            os.fsync(handle)
+            if overwrite:
+                temporary.replace(final)
+            else:
+                _publish_file(temporary, final)
+            _sync_folder(final.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+            os.close(handle)
+
+
+@contextmanager
+def staging(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The same for a folder, mode 0700. With `overwrite`, what a crash between the old one and the new one takes away, `sweep` puts back.
+
+    Whoever lists finished folders by a manifest writes it as the last file of the block.
+    """
+    if not overwrite:
+        refuse_existing(final)
     with disk_errors(final):
         folder, handle = _claim(final.parent)
         try:
@@ -193,12 +216,8 @@ def staging(final: Path) -> Iterator[Path]:
             for file in folder.rglob("*"):
                 _sync(file)
             _sync(folder)
-            try:
-                folder.rename(final)
-            except OSError as error:
-                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise UsageError(f"{final} exists: another process made it meanwhile.", hint=_EXISTS) from error
-                raise
+            with _set_aside(final) if overwrite else nullcontext():
+                _publish(folder, final)
             _sync_folder(final.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -207,19 +226,71 @@ def staging(final: Path) -> Iterator[Path]:
             os.close(handle)
 
 
+def refuse_existing(final: Path) -> None:
+    """Raises UsageError if there is anything at `final`."""
+    if os.path.lexists(final):
+        raise UsageError(f"{final} exists.", hint=_EXISTS)
+
+
+def _publish_file(temporary: Path, final: Path) -> None:
+    """Unlike a rename, a link does not replace what somebody else has put there meanwhile."""
+    try:
+        os.link(temporary, final)
+    except OSError:
+        refuse_existing(final)
+        # Some file systems, those of memory sticks say, have no links.
+        temporary.rename(final)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    try:
+        folder.rename(final)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise UsageError(f"{final} exists: another process made it meanwhile.", hint=_EXISTS) from error
+        raise
+
+
+@contextmanager
+def _set_aside(final: Path) -> Iterator[None]:
+    """What is at `final`, if anything, is away in the block; for good if that ends well. If it does not, or crashes, it comes back."""
+    holder, handle = _claim(final.parent, _REPLACED)
+    try:
+        with suppress(FileNotFoundError):
+            final.rename(holder / final.name)
+        yield
+        remove_folder(holder)
+    except BaseException:
+        with suppress(OSError):
+            _put_back(holder)
+            holder.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def _put_back(holder: Path) -> None:
+    for old in list(holder.iterdir()):
+        if not os.path.lexists(holder.parent / old.name):
+            old.rename(holder.parent / old.name)
+
+
 def remove_folder(folder: Path) -> None:
     """Deletes `folder` so that it is there whole or not at all: renamed away first. What a crash leaves, `sweep` deletes."""
-    trash = folder.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    trash = _unfinished(folder.parent)
     folder.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
 def sweep(parent: Path) -> int:
-    """Deletes the unfinished files and folders in `parent` whose makers are gone; how many. Never raises OSError."""
+    """Deletes the unfinished files and folders in `parent` whose makers are gone, and puts back what they had replaced; how many.
+
+    Touches nothing else. Never raises OSError.
+    """
     swept = 0
     with suppress(OSError):
         for leftover in list(parent.iterdir()):
-            if leftover.name.startswith(_UNFINISHED):
+            if _LEFTOVER.fullmatch(leftover.name):
                 with suppress(OSError):
                     swept += _sweep(leftover)
     return swept
@@ -231,7 +302,9 @@ def _sweep(leftover: Path) -> bool:
         if not _try_lock(handle):
             return False
         if leftover.is_dir():
-            shutil.rmtree(leftover)
+            if leftover.name.startswith(_REPLACED):
+                _put_back(leftover)
+            remove_folder(leftover)
         else:
             leftover.unlink()
         return True
@@ -239,10 +312,25 @@ def _sweep(leftover: Path) -> bool:
         os.close(handle)
 
 
-def _claim(parent: Path) -> tuple[Path, int]:
+def _unfinished(parent: Path, start: str = _UNFINISHED) -> Path:
+    return parent / f"{start}{secrets.token_hex(8)}"
+
+
+def _claim_file(parent: Path) -> tuple[Path, int]:
+    """A new locked file in `parent`, and the handle that holds its lock."""
+    while True:
+        file = _unfinished(parent)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        _hold(handle)
+        if file.exists():
+            return file, handle
+        os.close(handle)  # Swept before the lock.
+
+
+def _claim(parent: Path, start: str = _UNFINISHED) -> tuple[Path, int]:
     """A new locked folder in `parent`, and the handle that holds its lock."""
     while True:
-        folder = parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
+        folder = _unfinished(parent, start)
         folder.mkdir(mode=0o700)
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

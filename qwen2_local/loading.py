@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -205,7 +206,9 @@ def _open_converted(ref: ModelRef, context: int | None, backend: str | None, rep
     try:
         opened = _open(ref, context)
     except BadFile:
-        open_checkpoint(source)  # its own faults come first
+        from qwen2_converters.convert import check
+
+        check(source, target)  # its own faults come first: converting it again would not mend them
         _discard(made)
         opened = _open(replace(ref, path=_converted(replace(ref, path=source), target, made.parent, report)), context)
     return replace(opened, notes=(note,)) if note else opened
@@ -213,26 +216,31 @@ def _open_converted(ref: ModelRef, context: int | None, backend: str | None, rep
 
 def _converted(ref: ModelRef, target: Target, folder: Path, report: Report | None) -> Path:
     """The conversion in `folder`, under a key of what it was made from. Raises OSError where that cannot be written."""
-    from qwen2_converters.convert import convert
-
     key = hashlib.sha256(f"{_LAYOUT} {target}\n".encode())
-    for file in sorted((*ref.path.glob("*.json"), *ref.path.glob("*.safetensors"))):
+    for file in sorted(file for kind in ("json", "jinja", "safetensors") for file in ref.path.glob(f"*.{kind}")):
         stat = file.stat()
         key.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     name = re.sub(r"[^A-Za-z0-9._-]|^[.]", "_", ref.label.partition(":")[0])[:80]
-    output = folder / f"{name}-{target.label}-{key.hexdigest()[:16]}{'.gguf' if target.format == 'gguf' else ''}"
+    place = f"{target.label}-{hashlib.sha256(os.fsencode(ref.path.resolve())).hexdigest()[:16]}"
+    output = folder / f"{name}-{place}-{key.hexdigest()[:16]}{'.gguf' if target.format == 'gguf' else ''}"
     if output.exists():
         return output
+    from qwen2_converters.convert import convert
+
     folder.mkdir(mode=0o700, exist_ok=True)
-    files.sweep(folder)
 
     def waiting(holder: str) -> None:
         if report is not None:
-            report(f"waiting for {holder}, which converts a model", 0, 1)
+            report(f"waiting for {holder}, which converts {ref.label}", 0, 0)
 
-    with files.lock(folder / ".lock", wait_s=3600.0, on_wait=waiting):
+    with files.lock(folder / f".{place}.lock", what=f"The conversion of {ref.label}", wait_s=3600.0, on_wait=waiting):
         if not output.exists():  # another process may have made it meanwhile
-            convert(ref.path, target, output, progress=None if report is None else lambda p: report(p.phase, p.done, p.total), name=ref.label)
+            progress = None if report is None else lambda p: report(p.phase, p.done, p.total)
+            convert(ref.path, target, output, progress=progress, name=ref.label, cache=True)
+            for stale in folder.glob(f"*-{place}-*"):  # made of what the source was before
+                if stale != output:
+                    with suppress(OSError):
+                        _discard(stale)
     return output
 
 

@@ -3,7 +3,7 @@
     convert   the whole way: checks, disk, writing, publishing      install   the same into the store, with a manifest
     target    what to make ("gguf:q4_0", "mlx:4bit")                plan      what will be written, before any weight is read
     gguf      writes a GGUF file; keys, mix and ggml serve it       mlx       writes an MLX folder
-    blocks    moves weights from file to file in bounded memory     publish   whole or not at all
+    blocks    moves weights from file to file in bounded memory     destination   where a conversion may write
     companions   the small files beside the weights
 
 The API and the command line call `convert` and `install` when they need them; `target` and `plan` are cheap to import. No conversion

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen2_converters.convert import OnProgress, Progress, check, write
+from qwen2_converters.convert import OnProgress, Progress, prepare, write
 from qwen2_converters.keys import licence
 from qwen2_converters.target import Target
-from qwen2_local import files
+from qwen2_local.errors import UsageError
 from qwen2_local.manifest import Manifest, list_files, now
-from qwen2_local.store import Store
+from qwen2_local.store import GUIDE, Store
 
 
 def install(
@@ -20,13 +20,15 @@ def install(
     origin, revision: where the checkpoint is from, a hub id and its commit; by default its path.
     Raises as `convert` does, and UsageError for a name that is impossible, taken, or being made by another process.
     """
-    checkpoint, plan = check(source, target)
-    report = progress or (lambda _: None)
-    report(Progress("checking", 0, plan.nbytes))
-    files.require_free(store.folder, plan.disk)
+    if name.partition(":")[0] == GUIDE:
+        raise UsageError(f"{name} is the built-in model's name.", hint="Choose another.")
+    if any(one.name == name for one in store.list()):
+        raise UsageError(f"There exists a model called {name}.", hint=f"Delete it with `qwen2-local rm {name}` first, or choose another name.")
     with store.add(name) as draft:
+        report = progress or (lambda _: None)
+        checkpoint, plan = prepare(source, target, store.folder, report)
         output = draft.folder / f"{name.replace(':', '-')}.gguf" if target.format == "gguf" else draft.folder
-        write(checkpoint, plan, output, progress=report, name=origin.rpartition("/")[2] or None)
+        write(checkpoint, plan, output, progress=report, name=origin.rpartition("/")[2])
         report(Progress("publishing", plan.nbytes, plan.nbytes))
         draft.manifest = Manifest(
             name=name,

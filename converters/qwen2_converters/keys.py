@@ -12,11 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from qwen2_converters.companions import companion
 from qwen2_converters.mix import FILE_TYPES
 from qwen2_converters.target import Target
 from qwen2_local.errors import BadFile
-from qwen2_local.formats.checkpoint import Checkpoint, parameters
+from qwen2_local.formats.checkpoint import Checkpoint, member, parameters
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config
 from qwen2_local.vocabulary import Vocabulary, read_tokenizer_json
@@ -57,7 +56,7 @@ def size_label(count: int) -> str:
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     """The tokenizer's vocabulary. Raises BadFile also where it does not belong to the model, or its merges not to its tokens."""
-    path = companion(checkpoint.folder / "tokenizer.json")
+    path = member(checkpoint.folder, "tokenizer.json")
     vocabulary = read_tokenizer_json(path)
     size = 1 + max(max(vocabulary.base.values()), max(vocabulary.added, default=0))
     if size > checkpoint.config.vocabulary:
@@ -71,16 +70,16 @@ def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
 
 def optional_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` beside the weights; empty without the file. Raises BadFile."""
-    path = checkpoint.folder / name
-    return read_object(companion(path), _MAX_JSON) if path.exists() else {}
+    path = member(checkpoint.folder, name)
+    return read_object(path, _MAX_JSON) if path.exists() else {}
 
 
 def licence(checkpoint: Checkpoint) -> dict[str, str]:
     """The keys general.license, .name and .link, as far as the head of README.md, where Hugging Face keeps them, has them."""
-    path = checkpoint.folder / "README.md"
+    path = member(checkpoint.folder, "README.md")
     if not path.is_file():
         return {}
-    with companion(path).open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         head = re.match(r"\ufeff?---\n(.*?)\n---", file.read(_MAX_TEXT), re.DOTALL)
     found = dict(re.findall(r"^(license|license_name|license_link):\s*[\"']?([^\"'\n]{1,200}?)[\"']?\s*$", head[1], re.MULTILINE)) if head else {}
     return {f"general.{key.replace('_', '.')}": found[key] for key in ("license", "license_name", "license_link") if key in found}
@@ -168,9 +167,9 @@ def _first_id(value: object, count: int) -> int | None:
 
 def _chat_template(checkpoint: Checkpoint) -> str:
     template = optional_json(checkpoint, "tokenizer_config.json").get("chat_template")
-    path = checkpoint.folder / "chat_template.jinja"
+    path = member(checkpoint.folder, "chat_template.jinja")
     if template is None and path.is_file():
         # Where transformers 5 keeps it.
-        with companion(path).open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             template = file.read(_MAX_TEXT)
     return template if isinstance(template, str) else ""

@@ -34,10 +34,12 @@ class Status:
             self.clear()
 
     def bytes(self, doing: str, done: int, total: int) -> None:
-        """Progress of work measured in bytes, with its speed and the time left."""
+        """Progress of work measured in bytes, with its speed and the time left. total: 0 while that is not known."""
+        if not total:
+            return self.show(doing)
         spent = time.monotonic() - self._started
         speed = f" · {done / spent / 1e6:.0f} MB/s · {spent / done * (total - done):.0f} s left" if done else ""
-        self.show(f"{doing} · {done / max(total, 1):.0%} of {gigabytes(total)}{speed}")
+        self.show(f"{doing} · {done / total:.0%} of {gigabytes(total)}{speed}")
 
     def clear(self) -> None:
         """Take the line away."""

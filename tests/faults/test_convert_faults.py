@@ -86,6 +86,109 @@ def test_a_failed_conversion_changes_nothing(source: Path, target: Target, overw
     assert output.exists() == overwrite
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "sub", "model.gguf", "modeling_qwen2.py", "manifest.json"])
+def test_a_folder_with_other_files_is_never_replaced(source: Path, name: str, tmp_path: Path) -> None:
+    output = convert(source, TARGETS[1], tmp_path / "out")
+    if name == "sub":
+        (output / name).mkdir()
+    else:
+        (output / name).write_text("mine")
+    before = hexdump(tmp_path)
+    with pytest.raises(UsageError, match=name):
+        convert(source, TARGETS[1], output, overwrite=True)
+    assert hexdump(tmp_path) == before
+
+
+def test_an_original_checkpoint_or_a_damaged_model_is_never_replaced(source: Path, tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense()
+    other = tiny_checkpoint.write(tmp_path / "other", config, tiny_checkpoint.weights(config))
+    before = hexdump(tmp_path)
+    with pytest.raises(UsageError, match="original checkpoint"):
+        convert(source, TARGETS[1], other, overwrite=True)
+    (other / "config.json").unlink()
+    with pytest.raises(UsageError, match="no whole MLX model"):
+        convert(source, TARGETS[1], other, overwrite=True)
+    del before["other/config.json"]
+    assert hexdump(tmp_path) == before
+
+
+def test_a_folder_that_gets_other_files_meanwhile_is_kept(source: Path, tmp_path: Path) -> None:
+    output = convert(source, TARGETS[1], tmp_path / "out")
+
+    def meddle(progress: Progress) -> None:
+        if progress.phase == "publishing":
+            (output / "mine").write_text("mine")
+
+    with pytest.raises(UsageError, match="mine"):
+        convert(source, TARGETS[1], output, progress=meddle, overwrite=True)
+    assert (output / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("output", ["hf", "hf/out", "hf/model-00001-of-00002.safetensors", ".", "out/../hf", "link", "link/out", "hf/link"])
+def test_an_output_in_or_around_the_source_is_refused(source: Path, target: Target, output: str, overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("hf")
+    (source / "link").symlink_to("../out")
+    before = hexdump(tmp_path)
+    with pytest.raises(UsageError, match="lies in the source"):
+        convert(source, target, tmp_path / output, overwrite=overwrite)
+    assert hexdump(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_of_the_wrong_kind_is_refused_at_once(source: Path, overwrite: bool, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+
+    def never(_: Progress) -> None:
+        pytest.fail("it was begun")
+
+    for target, name, says in (
+        (TARGETS[0], "folder", "folder is a folder"),
+        (TARGETS[0], "pipe", "pipe is no plain file"),
+        (TARGETS[1], "file", "file is a file"),
+        (TARGETS[0], "none/x.gguf", "none is no folder"),
+        (TARGETS[1], "file/x", "file is no folder"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            convert(source, target, tmp_path / name, overwrite=overwrite, progress=never)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "hf", "pipe"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_what_a_crash_left_beside_the_output_is_swept(source: Path, target: Target, tmp_path: Path) -> None:
+    (tmp_path / ".qwen2-0123456789abcdef").mkdir()
+    (tmp_path / ".qwen2-0123456789abcdee").write_text("half")
+    (tmp_path / ".qwen2-mine").write_text("mine")
+    convert(source, target, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".qwen2-mine", "hf", "out"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", '{"do_sample": true, "top_k": -1}'),
+        ("generation_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_bad_companions_are_refused_before_anything_is_written(source: Path, target: Target, name: str, content: str, tmp_path: Path) -> None:
+    (source / name).write_text(content)
+
+    def never(_: Progress) -> None:
+        pytest.fail("it was begun")
+
+    with pytest.raises(BadFile, match=name):
+        convert(source, target, tmp_path / "out", progress=never)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_progress_adds_up(source: Path, tmp_path: Path) -> None:
     for target in TARGETS:
         _, plan = check(source, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_local import backends
+from qwen2_local.store import guide_folder
 from tests.support.program import command, run
 
 BACKENDS = [
@@ -192,9 +194,76 @@ def test_two_first_runs_at_once_convert_once(tmp_path: Path) -> None:
     processes = [start("run", "guide", "hi", "--max-tokens", "2", before="", env=env) for _ in range(2)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert outputs[0] == outputs[1]
+    assert outputs[0][0] == outputs[1][0] != ""
     assert len(conversions(tmp_path)) == 1
     assert leftovers(tmp_path) == []
+
+
+WAIT = """
+import sys
+from qwen2_local.cli import output
+show = output.Status.show
+def told(self, text):
+    if "waiting" in text:
+        print(text, file=sys.stderr, flush=True)
+    show(self, text)
+output.Status.show = told
+"""
+
+
+def test_a_second_first_run_says_for_whom_it_waits(tmp_path: Path) -> None:
+    env = {"QWEN2_LOCAL_HOME": str(tmp_path)}
+    first = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
+    second = start("run", "guide", "hi", "--max-tokens", "2", before=WAIT, env=env)
+    for process in (first, second):
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+    wait_for(first, "converting")
+    wait_for(second, f"^waiting for process {first.pid}, which converts guide$", times=2)  # again: the first is too early to be shown
+    first.kill()
+    first.communicate(timeout=60)
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out.count("\n")) == (0, 1), err
+
+
+def test_conversions_of_two_models_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    shutil.copytree(guide_folder(), tmp_path / "model")
+    env = {"QWEN2_LOCAL_HOME": str(tmp_path / "home")}
+    first = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
+    assert first.stdin is not None
+    first.stdin.close()
+    first.stdin = None
+    wait_for(first, "converting")
+    assert run("run", tmp_path / "model", "hi", "--max-tokens", "2", env=env).returncode == 0
+    first.kill()
+    first.communicate(timeout=60)
+
+
+def test_a_conversion_of_what_the_source_was_before_goes(tmp_path: Path) -> None:
+    env = {"QWEN2_LOCAL_HOME": str(tmp_path / "home")}
+    ask = ("hi", "--max-tokens", "2")
+    for name in ("model", "other"):
+        shutil.copytree(guide_folder(), tmp_path / name)
+        assert run("run", tmp_path / name, *ask, env=env).returncode == 0
+    before = conversions(tmp_path / "home")
+    assert len(before) == 2
+    os.utime(tmp_path / "model" / "model.safetensors", (1, 1))
+    assert run("run", tmp_path / "model", *ask, env=env).returncode == 0
+    after = conversions(tmp_path / "home")
+    assert len(after) == 2
+    assert len(set(before) & set(after)) == 1, "the other model's stays"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fault_of_the_source_is_no_damaged_conversion(backend: str, tmp_path: Path) -> None:
+    shutil.copytree(guide_folder(), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": true, "top_k": -1}')
+    for _ in range(2):
+        done = run("run", tmp_path / "model", "hi", "--backend", backend, env={"QWEN2_LOCAL_HOME": str(tmp_path)})
+        assert (done.returncode, done.stdout) == (3, "")
+        assert str(tmp_path / "model" / "generation_config.json") in done.stderr
+        assert conversions(tmp_path) == []
 
 
 def test_a_damaged_conversion_is_made_anew(tmp_path: Path) -> None:

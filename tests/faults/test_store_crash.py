@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_local import files
 from qwen2_local.store import Store
 from tests.support.installed import install
 
@@ -38,6 +39,15 @@ MAKER = """
 REMOVER = MAKER.replace('install(Store(Path(sys.argv[1])), "7b:q4_0")', 'Store(Path(sys.argv[1])).remove("7b:q4_0")').replace(
     '(os, "open"), ', '(os, "unlink"), (os, "rmdir"), (os, "open"), '
 )
+
+
+REPLACER = MAKER.replace(
+    'install(Store(Path(sys.argv[1])), "7b:q4_0")',
+    """
+    with files.staging(Path(sys.argv[1]) / "model", overwrite=True) as folder:
+        (folder / "new").write_bytes(b"")
+    """.strip(),
+).replace('(os, "open"), ', '(os, "unlink"), (os, "rmdir"), (os, "open"), ')
 
 
 def run(code, folder, steps):
@@ -82,6 +92,25 @@ def test_a_remover_killed_at_any_step_leaves_the_whole_or_nothing(tmp_path):
             assert store.get(listed.name)
         if ended.stdout == "done\n":
             assert store.list() == []
+            return
+        assert ended.returncode == -9, ended.stderr
+    pytest.fail("it never finished")
+
+
+def test_a_replacement_killed_at_any_step_leaves_the_old_or_the_new(tmp_path):
+    seen = []
+    for steps in range(100):
+        folder = tmp_path / str(steps)
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / "old").write_text("")
+        ended = run(REPLACER, folder, steps)
+        files.sweep(folder)
+        assert [path.name for path in folder.iterdir()] == ["model"]
+        (only,) = (folder / "model").iterdir()
+        seen.append(only.name)
+        if ended.stdout == "done\n":
+            assert seen == sorted(seen, reverse=True)
+            assert set(seen) == {"old", "new"}
             return
         assert ended.returncode == -9, ended.stderr
     pytest.fail("it never finished")

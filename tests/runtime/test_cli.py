@@ -513,16 +513,42 @@ def test_convert_to_mlx_and_run_it(tmp_path: Path) -> None:
         ("GUIDE", ["--to", "gguf:q5_x"], 2, "gguf:q4_0"),
         ("GUIDE", [], 2, "--to"),
         ("GUIDE", ["--to", "gguf:f16", "-o", "no/such/folder/x.gguf"], 2, "no/such/folder"),
-        ("nothing", ["--to", "gguf:f16"], None, "nothing"),
-        (".", ["--to", "gguf:f16"], 3, "config.json"),
+        ("GUIDE", ["--to", "gguf:f16", "-o", "."], 2, "is a folder"),
+        ("GUIDE", ["--to", "gguf:f16", "-o", "x.gguf", "--name", "x"], 2, "--name"),
+        ("GUIDE", ["--to", "gguf:f16", "--name", "x", "--force"], 2, "--name"),
+        ("GUIDE", ["--to", "gguf:f16", "--name", "a/b"], 2, "no name for a model"),
+        ("GUIDE", ["--to", "gguf:f16", "--name", "guide"], 2, "built-in"),
+        ("nothing", ["--to", "gguf:f16"], 2, "nothing"),
+        (".", ["--to", "gguf:f16"], 2, "config.json"),
+        ("7b", ["--to", "gguf:f16"], 2, "Qwen2-7B-Instruct is not installed"),
+        ("0.5b", ["--to", "gguf:f16"], 2, "0.5b:q4_0 is installed"),
     ],
 )
-def test_convert_refuses(tmp_path: Path, source: str, arguments: list[str], code: int | None, says: str) -> None:
-    done = run("convert", guide_folder() if source == "GUIDE" else source, *arguments, cwd=tmp_path)
-    assert done.returncode == code or (code is None and done.returncode in (2, 3)), done.stderr
+def test_convert_refuses(own_home: dict[str, Path], tmp_path: Path, source: str, arguments: list[str], code: int, says: str) -> None:
+    here = _made(tmp_path / "here")
+    done = run("convert", guide_folder() if source == "GUIDE" else source, *arguments, cwd=here, env=own_home)
+    assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "bug" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
+    assert [model["name"] for model in json.loads(run("ls", "--json", env=own_home).stdout)] == ["0.5b:q4_0", "guide"]
+
+
+@needs_llama
+def test_convert_installs_under_a_name(own_home: dict[str, Path], tmp_path: Path) -> None:
+    here = _made(tmp_path / "here")
+    done = run("convert", "guide", "--to", "gguf:q4_0", "--name", "Mine:q4_0", cwd=here, env=own_home)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "mine:q4_0 is installed" in done.stderr
+    assert list(here.iterdir()) == []
+    assert "mine:q4_0" in run("ls", env=own_home).stdout
+    shown = json.loads(run("show", "mine:q4_0", "--json", env=own_home).stdout)
+    assert (shown["origin"], shown["quantization"], shown["source"]) == ("installed", "Q4_0", str(guide_folder().resolve()))
+    assert run("run", "mine:q4_0", QUESTION, *FEW, env=own_home).stdout.strip()
+    again = run("convert", "guide", "--to", "gguf:q8_0", "--name", "mine:q4_0", env=own_home)
+    assert again.returncode == 2
+    assert "qwen2-local rm mine:q4_0" in again.stderr
+    assert run("rm", "mine:q4_0", "--yes", env=own_home).returncode == 0
 
 
 # Shell completion

@@ -116,14 +116,87 @@ def test_staging_on_a_full_disk_is_typed(tmp_path):
 
 def test_sweep_deletes_only_what_nobody_holds(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / ".qwen2-dead").mkdir()
-    (tmp_path / ".qwen2-dead" / "x").write_text("")
-    (tmp_path / ".qwen2-file").write_text("")
-    (tmp_path / ".qwen2-link").symlink_to(tmp_path / "model")
-    with files.staging(tmp_path / "new"):
+    dead = tmp_path / ".qwen2-0123456789abcdef"
+    dead.mkdir()
+    (dead / "x").write_text("")
+    (tmp_path / ".qwen2-0000000000000000").write_text("")
+    link = tmp_path / ".qwen2-1111111111111111"
+    link.symlink_to(tmp_path / "model")
+    (tmp_path / ".qwen2-notes").write_text("a person's own")
+    with files.staging(tmp_path / "new"), files.staging_file(tmp_path / "file"):
         assert files.sweep(tmp_path) == 2
-    assert names(tmp_path) == [".qwen2-link", "model", "new"]
+    assert names(tmp_path) == [link.name, ".qwen2-notes", "file", "model", "new"]
     assert files.sweep(tmp_path / "none") == 0
+
+
+def test_sweep_puts_back_what_was_to_be_replaced(tmp_path):
+    for name in ("gone", "there"):
+        old = tmp_path / f".qwen2-old-{name.encode().hex():0>16}" / name
+        old.mkdir(parents=True)
+        (old / "x").write_text("old")
+    (tmp_path / "there").mkdir()
+    assert files.sweep(tmp_path) == 2
+    assert names(tmp_path) == ["gone", "there"]
+    assert names(tmp_path / "gone") == ["x"]
+    assert names(tmp_path / "there") == []
+
+
+@pytest.mark.parametrize("old", [None, "folder", "file", "link"])
+def test_staging_replaces_if_asked_to(tmp_path, old):
+    final = tmp_path / "model"
+    if old == "folder":
+        final.mkdir()
+        (final / "old").write_text("")
+    elif old == "file":
+        final.write_text("old")
+    elif old == "link":
+        (tmp_path / "elsewhere").mkdir()
+        final.symlink_to(tmp_path / "elsewhere")
+    with files.staging(final, overwrite=True) as folder:
+        (folder / "new").write_text("")
+        assert os.path.lexists(final) == (old is not None)
+    assert names(final) == ["new"]
+    assert not final.is_symlink()
+    assert names(tmp_path) == (["elsewhere"] if old == "link" else []) + ["model"]
+
+
+def test_what_cannot_be_replaced_comes_back(tmp_path, monkeypatch):
+    final = tmp_path / "model"
+    final.mkdir()
+    (final / "old").write_text("")
+    real = Path.rename
+
+    def rename(path, target):
+        if target == final and not (path / "old").exists():
+            raise OSError(errno.EIO, "broken", str(path), str(target))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="broken") as caught, files.staging(final, overwrite=True) as folder:
+        (folder / "new").write_text("")
+    assert caught.value.filename == str(final), "the name that people know"
+    assert names(tmp_path) == ["model"]
+    assert names(final) == ["old"]
+
+
+def test_staging_file(tmp_path):
+    final = tmp_path / "x"
+    with files.staging_file(final) as file:
+        file.write_text("1")
+        assert not final.exists()
+    with pytest.raises(UsageError, match="exists"), files.staging_file(final):
+        pass
+    with pytest.raises(KeyboardInterrupt), files.staging_file(final, overwrite=True) as file:
+        file.write_text("2")
+        raise KeyboardInterrupt
+    assert final.read_text() == "1"
+    with files.staging_file(final, overwrite=True) as file:
+        file.write_text("2")
+    assert final.read_text() == "2"
+    assert names(tmp_path) == ["x"]
+    with pytest.raises(FileNotFoundError) as caught, files.staging_file(tmp_path / "none" / "x"):
+        pass
+    assert caught.value.filename == str(tmp_path / "none" / "x"), "the name that people know"
 
 
 def test_remove_folder(tmp_path):

@@ -51,8 +51,16 @@ def test_without_an_origin_the_source_is_a_path(source: Path, store: Store) -> N
     assert install(source, Target("gguf", "f16"), store, "tiny").source == str(source.resolve())
 
 
+@pytest.mark.parametrize("name", ["guide", "guide:q4_0", "../x", "a b", "Tiny", "", ":q4", "x" * 101])
+def test_impossible_names_are_refused_first(name: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name"):
+        install(tmp_path / "nothing", Target("gguf", "f16"), store, name)
+    assert list(store.folder.iterdir()) == []
+
+
 def test_a_taken_name_is_kept(source: Path, store: Store) -> None:
     made = install(source, Target("gguf", "f16"), store, "tiny")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match="exists") as caught:
         install(source, Target("gguf", "q4_0"), store, "tiny")
+    assert "qwen2-local rm tiny" in caught.value.hint
     assert store.get("tiny").manifest == made
