@@ -134,11 +134,7 @@ def test_ctrl_c_with_json_still_gives_the_object() -> None:
 
 def test_ctrl_c_in_the_first_conversion_leaves_nothing(tmp_path: Path) -> None:
     env = {"QWEN2_LOCAL_HOME": str(tmp_path)}
-    process = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
-    assert process.stdin is not None
-    process.stdin.close()
-    process.stdin = None
-    wait_for(process, "converting")
+    process = start_pausing(env)
     assert len(leftovers(tmp_path)) == 1
     out, _ = interrupt(process)
     assert out == ""
@@ -211,18 +207,29 @@ output.Status.show = told
 """
 
 
+def start_pausing(env: dict[str, str]) -> subprocess.Popen[str]:
+    """A first run of the guide, which stays in the middle of its conversion."""
+    process = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    wait_for(process, "converting")
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate(timeout=60)
+
+
 def test_a_second_first_run_says_for_whom_it_waits(tmp_path: Path) -> None:
     env = {"QWEN2_LOCAL_HOME": str(tmp_path)}
-    first = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
-    second = start("run", "guide", "hi", "--max-tokens", "2", before=WAIT, env=env)
-    for process in (first, second):
-        assert process.stdin is not None
-        process.stdin.close()
-        process.stdin = None
-    wait_for(first, "converting")
-    wait_for(second, f"^waiting for process {first.pid}, which converts guide$", times=2)  # again: the first is too early to be shown
-    first.kill()
-    first.communicate(timeout=60)
+    first = start_pausing(env)
+    second = start("run", "guide", "hi", "--max-tokens", "2", before=f"{WAIT}sys.stdin.close()", env=env)
+    try:
+        wait_for(second, f"^waiting for process {first.pid}, which converts guide$", times=2)  # again: the first is too early to be shown
+    finally:
+        end(first)
     out, err = second.communicate(timeout=60)
     assert (second.returncode, out.count("\n")) == (0, 1), err
 
@@ -230,14 +237,11 @@ def test_a_second_first_run_says_for_whom_it_waits(tmp_path: Path) -> None:
 def test_conversions_of_two_models_do_not_wait_for_each_other(tmp_path: Path) -> None:
     shutil.copytree(guide_folder(), tmp_path / "model")
     env = {"QWEN2_LOCAL_HOME": str(tmp_path / "home")}
-    first = start("run", "guide", "hi", before=PAUSE_CONVERSION, env=env)
-    assert first.stdin is not None
-    first.stdin.close()
-    first.stdin = None
-    wait_for(first, "converting")
-    assert run("run", tmp_path / "model", "hi", "--max-tokens", "2", env=env).returncode == 0
-    first.kill()
-    first.communicate(timeout=60)
+    first = start_pausing(env)
+    try:
+        assert run("run", tmp_path / "model", "hi", "--max-tokens", "2", env=env).returncode == 0
+    finally:
+        end(first)
 
 
 def test_a_conversion_of_what_the_source_was_before_goes(tmp_path: Path) -> None:
@@ -253,6 +257,13 @@ def test_a_conversion_of_what_the_source_was_before_goes(tmp_path: Path) -> None
     after = conversions(tmp_path / "home")
     assert len(after) == 2
     assert len(set(before) & set(after)) == 1, "the other model's stays"
+
+
+def test_a_home_inside_of_the_model(tmp_path: Path) -> None:
+    shutil.copytree(guide_folder(), tmp_path / "model")
+    home = tmp_path / "model" / "home"
+    assert run("run", tmp_path / "model", "hi", "--max-tokens", "2", env={"QWEN2_LOCAL_HOME": home}).returncode == 0
+    assert len(conversions(home)) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
