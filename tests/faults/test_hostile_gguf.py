@@ -248,6 +248,18 @@ def test_lies_about_the_model_are_named(tmp_path, name):
         open_gguf(path)
 
 
+@pytest.mark.parametrize("name", ["output_norm.weight", "blk.1.attn_k.bias"])
+def test_a_vector_of_half_precision_is_refused(tmp_path, name):
+    # llama.cpp aborts the process in the first step.
+    made = model()
+    shape = made.tensors.pop(name)
+    made.tensors[name] = shape
+    path = tmp_path / "model.gguf"
+    path.write_bytes(made.build().replace(info(name, shape, 0, 0)[:-8], info(name, shape, 1, 0)[:-8]))
+    with pytest.raises(BadFile, match=f"'{name}' is F16, but vectors are F32"):
+        open_gguf(path)
+
+
 def test_the_unlying_models_open(tmp_path):
     for architecture in ("qwen2", "qwen2moe"):
         path = tmp_path / "model.gguf"
