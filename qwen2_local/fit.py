@@ -18,6 +18,9 @@ from qwen2_local.errors import DoesNotFit
 OVERHEAD = 150_000_000
 """Bytes for compute buffers and the program itself."""
 
+MLX_WIDENS = sys.platform != "darwin"
+"""Where it has no GPU, MLX computes in float32, and keeps weights and KV in it."""
+
 _STEP = 256  # Contexts are offered in whole chunks of the KV cache.
 
 

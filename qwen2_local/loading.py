@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -25,7 +24,7 @@ from qwen2_local.catalog import defaults_of
 from qwen2_local.chatml import for_chats, system_of
 from qwen2_local.errors import BadFile, DoesNotFit, UsageError
 from qwen2_local.formats.check_gguf import open_gguf
-from qwen2_local.formats.checkpoint import Checkpoint, member, open_checkpoint
+from qwen2_local.formats.checkpoint import member, open_checkpoint
 from qwen2_local.formats.magic import open_regular
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config, from_gguf
@@ -42,13 +41,10 @@ DEFAULT_CONTEXT = 8192
 _MAX_JSON = 4_000_000
 _MAX_TEMPLATE = 1_000_000
 _ENDS = ("<|im_end|>", "<|endoftext|>")
-_MLX_WIDENS = sys.platform != "darwin"
-"""Where it has no GPU, MLX computes in float32, and keeps weights and KV in it."""
-
 _UNQUANTIZED = {"llama.cpp": "gguf:f16", "mlx": "mlx:bf16"}
 _SMALL = 200_000_000
 """Bytes of weights that are converted anew for each process where the conversion cannot be kept."""
-_LAYOUT = 1
+_LAYOUT = 2
 """Raise it when a change to the converters makes earlier conversions stale."""
 
 Report = Callable[[str, int, int], None]
@@ -129,7 +125,7 @@ def _open_mlx(ref: ModelRef, context: int | None) -> Opened:
     defaults = from_config(_optional_json(folder, "generation_config.json"), fallback=fallback, where=str(folder / "generation_config.json"))
     bos = _named(tokenizer, said.get("bos_token")) if said.get("add_bos_token") is True else None
     length = _length(context, config.context)
-    weight_bytes, kv_bits = (_float32_bytes(model), 32) if _MLX_WIDENS else (model.weight_bytes, 16)
+    weight_bytes, kv_bits = (model.float32_bytes, 32) if fit.MLX_WIDENS else (model.weight_bytes, 16)
     fit.require(weight_bytes, config.kv_values_per_token, length, kv_bits=kv_bits, what=folder.name)
     load = partial(backends.load, "mlx", folder, context=length)
     return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), load, system_of(template), _control(tokenizer, [bos]))
@@ -139,11 +135,6 @@ def _length(context: int | None, longest: int) -> int:
     if context is not None and context > longest:
         raise UsageError(f"The context is {context:,} tokens, but this model has {longest:,}.", hint=f"Give --context {longest} or less.")
     return context or min(longest, DEFAULT_CONTEXT)
-
-
-def _float32_bytes(model: Checkpoint) -> int:
-    entries = [located.entry for located in model.tensors.values()]
-    return sum((entry.end - entry.begin) * (2 if entry.dtype in ("BF16", "F16") else 1) for entry in entries)
 
 
 def _optional_json(folder: Path, name: str) -> dict[str, Any]:

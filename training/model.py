@@ -91,10 +91,7 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def look_back(self, theta: float, strength: float = 6.0, pairs: int = 8) -> None:
-        """Begin with a head that attends to the token before, by its biases alone: rotated, they agree best at a distance of one.
-
-        Copying grows from such a head; found by chance, it takes longer than the whole training.
-        """
+        """Make head 0 attend to the token before, by its biases alone: rotated, they agree best at a distance of one."""
         half = self.shape.head_dim // 2
         angles = theta ** (-torch.arange(pairs) / half)
         self.k_proj.bias[:pairs] = strength
@@ -161,16 +158,34 @@ class Qwen2(nn.Module):
         self.model = Body(shape)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                scale = 0.02 / (2 * shape.layers) ** 0.5 if "o_proj" in name or "down_proj" in name else 0.02
-                nn.init.normal_(parameter, std=scale)
+                shrunk = "o_proj" in name or "down_proj" in name
+                nn.init.normal_(parameter, std=0.08 if "embed" in name else 0.02 / (2 * shape.layers) ** 0.5 if shrunk else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for layer in self.model.layers[:2]:
-            layer.self_attn.look_back(shape.rope_theta)
+        self._begin_with_copying()
         frequencies = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = torch.arange(shape.context)[:, None] * frequencies[None, :]
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+
+    @torch.no_grad()
+    def _begin_with_copying(self) -> None:
+        """Lay an induction head into the first two layers; training finds none in its time, and keeps and refines this one.
+
+        Layer 0, head 0 writes down what token came before; layer 1, head 0 looks for places whose token before is the present one, and
+        copies what stands there. What is compared lies in the slow rotary pairs, so that distance matters little.
+        """
+        s, first, second = self.shape, self.model.layers[0].self_attn, self.model.layers[1].self_attn
+        size, half = s.head_dim, s.head_dim // 2
+        read, note, copy = (torch.linalg.qr(torch.randn(s.hidden, size))[0] for _ in range(3))
+        first.look_back(s.rope_theta)
+        first.v_proj.weight[:size] = read.T
+        first.o_proj.weight[:, :size] = 0.12 * note
+        slow = (torch.arange(size) % half >= half // 3).float()[:, None]
+        second.q_proj.weight[:size] = 3.0 * slow * read.T
+        second.k_proj.weight[:size] = 3.0 * slow * note.T
+        second.v_proj.weight[:size] = copy.T
+        second.o_proj.weight[:, :size] = 0.6 * copy
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, FakeQuant.apply(self.model.embed_tokens.weight))

@@ -209,10 +209,10 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=10_500_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=0.02, help="of Muon, for the matrices")
+    parser.add_argument("--rate", type=float, default=0.006, help="of Muon, for the matrices")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=GUIDE, help="where the checkpoint goes")
     parser.add_argument("--resume", action="store_true", help="go on from training/out")
@@ -233,8 +233,8 @@ def main() -> None:
     model = Qwen2(Shape())
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2]
-    muon = torch.optim.Muon(matrices, lr=options.rate, momentum=0.95, weight_decay=0.05, adjust_lr_fn="original")
-    groups = [{"params": [model.model.embed_tokens.weight], "lr": 0.004, "weight_decay": 0.01}, {"params": others, "lr": 0.004, "weight_decay": 0.0}]
+    muon = torch.optim.Muon(matrices, lr=options.rate, momentum=0.95, weight_decay=0.02, adjust_lr_fn="original")
+    groups = [{"params": [model.model.embed_tokens.weight], "lr": 0.002, "weight_decay": 0.01}, {"params": others, "lr": 0.002, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     optimizers = (muon, adam)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -262,9 +262,9 @@ def main() -> None:
         for optimizer, base in zip(optimizers, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate
-        # Copying is learned all at once, and only if nothing else pulls at the weights; then a reminder now and then is enough.
-        copies = copies or averages[1] < 1.0 or progress > 0.15
-        drilling = not copies or step % 10 == 0
+        # First nothing but copying, which other tasks would wash out of the weights; then a reminder now and then is enough.
+        copies = copies or averages[1] < 0.5 or progress > 0.03
+        drilling = not copies or step % (6 if progress < 0.4 else 12) == 0
         if drilling:
             batch = drill(quantized, options.batch, corpus_tokens)
         elif progress > 0.6 and step % 25 == 1:
@@ -288,6 +288,7 @@ def main() -> None:
         if step % 250 == 0:
             FakeQuant.mode = ""
             print(f"  held out: {held_out_score(model, encoder, data)[0]:.1%} right to the letter", flush=True)
+        if step % 100 == 0:
             parts = [optimizer.state_dict() for optimizer in optimizers]
             saved = {"model": model.state_dict(), "optimizers": parts, "rng": batches.sampler.rng.getstate(), "quantized": quantized.getstate()}
             torch.save(saved | {"ready": batches.ready, "left": batches.left, "seen": seen, "step": step}, OUT / "state.tmp")

@@ -132,7 +132,8 @@ def _tokenizer(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
     tokens, types = _tokens(vocabulary, checkpoint.config.vocabulary)
     keys: Keys = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
+        # llama.cpp's name for Qwen2's split without NFC before it.
+        "tokenizer.ggml.pre": "qwen2" if vocabulary.nfc else "deepseek-r1-qwen",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in vocabulary.merges],
@@ -143,7 +144,7 @@ def _tokenizer(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
             number = _first_id(checkpoint.raw.get(field), len(tokens))
         if number is not None:
             keys[f"tokenizer.ggml.{key}_token_id"] = number
-    keys["tokenizer.ggml.add_bos_token"] = False
+    keys["tokenizer.ggml.add_bos_token"] = optional_json(checkpoint, "tokenizer_config.json").get("add_bos_token") is True
     template = _chat_template(checkpoint)
     return keys | {"tokenizer.chat_template": template} if template else keys
 

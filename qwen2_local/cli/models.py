@@ -103,7 +103,10 @@ def _facts(ref: store.ModelRef) -> dict[str, object]:
     if ref.manifest is not None:
         licence = ref.manifest.licence or licence
         facts |= {"source": ref.manifest.source, "revision": ref.manifest.revision}
-    needed = fit.memory_needed(size, values, min(context, 8192))
+    weights, kv_bits = size, 16
+    if ref.format == "mlx" and fit.MLX_WIDENS:
+        weights, kv_bits = checkpoint.float32_bytes, 32
+    needed = fit.memory_needed(weights, values, min(context, 8192), kv_bits)
     facts |= {"size": output.gigabytes(size), "context": context, "memory": f"{fit.show_gb(needed)} at a context of {min(context, 8192):,}"}
     if licence:
         facts["licence"] = licence

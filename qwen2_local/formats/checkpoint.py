@@ -50,6 +50,12 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(t.entry.end - t.entry.begin for t in self.tensors.values())
 
+    @property
+    def float32_bytes(self) -> int:
+        """Bytes of all tensors once 16-bit floats are widened to 32."""
+        entries = [t.entry for t in self.tensors.values()]
+        return sum((entry.end - entry.begin) * (2 if entry.dtype in ("BF16", "F16") else 1) for entry in entries)
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads and checks the checkpoint in `folder`. Raises BadFile naming the file, field or tensor; UnsupportedModel for what is no Qwen2.

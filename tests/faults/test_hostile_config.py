@@ -82,8 +82,17 @@ def test_the_field_of_an_expert_is_named(field):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"[]", b"null", b"{", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff\xfe{}", b"[" * 100_000, b"<html>",
-        b" " * 5_000_000, b'{"a": ' + b"9" * 5000,
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b'{"a": NaN}',
+        b'{"a": 1, "a": 2}',
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"<html>",
+        b" " * 5_000_000,
+        b'{"a": ' + b"9" * 5000,
     ],
     ids=["empty", "list", "null", "half", "nan", "twice", "utf16", "deep", "html", "5 MB", "digits"],
 )

@@ -183,7 +183,7 @@ def test_mlx_without_a_gpu_needs_room_for_float32(tmp_path: Path, monkeypatch: p
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(fit, "require", lambda weights, values, length, *, kv_bits, what: asked.append((weights, kv_bits)))
     for widens in (False, True):
-        monkeypatch.setattr(loading, "_MLX_WIDENS", widens)
+        monkeypatch.setattr(loading.fit, "MLX_WIDENS", widens)
         open_model(str(folder))
     (plain, bits), (float32, wide_bits) = asked
     assert (float32, bits, wide_bits) == (plain * widened, 16, 32)
