@@ -49,6 +49,8 @@ class Corpus:
     unknown_recalls: dict[str, dict[str, str]]
     repeat: dict[str, Any]
     words: dict[str, Any]
+    openings: dict[str, list[list[str]]]
+    asides: dict[str, list[str]]
 
     def by_id(self, id: str) -> Question:
         return next(question for question in self.questions if question.id == id)
@@ -86,7 +88,7 @@ def plain_form(text: str) -> str:
 
 def load(seed: int = 0) -> Corpus:
     """Read the data and hold the exam out. A question's share of the exam depends on the seed and its own entries only."""
-    merged: dict[str, Any] = {"question": [], "family": [], "recall": [], "unknown_recall": []}
+    merged: dict[str, Any] = {"question": [], "family": [], "recall": [], "unknown_recall": [], "more": []}
     for path in sorted((HERE / "guide").glob("*.toml")):
         if path.name == "sizes.toml":
             continue
@@ -100,9 +102,16 @@ def load(seed: int = 0) -> Corpus:
     families = {family["id"]: family for family in merged["family"]}
     for family in merged["family"]:
         questions += _of_family(family, sizes, random.Random(f"{seed} {family['id']}"))
+    for raw in merged["more"]:
+        for question in questions:
+            if raw["id"] in (question.id, question.family):
+                for language in LANGUAGES:
+                    # The exam is chosen already: these only add to what is trained on.
+                    question.ask[language] += _without(raw["ask"].get(language, []), question.held_out[language])
     size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
     unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
-    return Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"])
+    variation = merged["openings"], merged["asides"]
+    return Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"], *variation)
 
 
 def _question(raw: dict[str, Any], rng: random.Random) -> Question:
@@ -158,6 +167,7 @@ class Sampler:
     def __init__(self, corpus: Corpus, seed: int) -> None:
         self.corpus = corpus
         self.rng = random.Random(seed)
+        self.held_out = {plain_form(ask) for _, _, ask in exam(corpus)}
         self.known = [question for question in corpus.questions if question.id != "unknown"]
         self.unknown = corpus.by_id("unknown")
         self.of_family = [question for question in self.known if question.family]
@@ -235,9 +245,16 @@ class Sampler:
         return turns
 
     def _phrase(self, entry: str, language: str) -> str:
-        """A reading of an entry as somebody might type it."""
+        """A reading of an entry as somebody might type it; never one of the exam."""
+        for _ in range(4):
+            text = self._typed(entry, language)
+            if plain_form(text) not in self.held_out:
+                return text
+        return expand(entry, self.rng)
+
+    def _typed(self, entry: str, language: str) -> str:
         rng = self.rng
-        text = expand(entry, rng)
+        text = self._loosened(expand(entry, rng), language)
         if rng.random() < 0.25:
             text = text.rstrip("?.!？。！ ")
         if language == "zh":
@@ -257,6 +274,26 @@ class Sampler:
             if text[at : at + 2].isalpha():
                 text = rng.choice((text[:at] + text[at + 1] + text[at] + text[at + 2 :], text[:at] + text[at + 1 :]))
         return text or entry
+
+    def _loosened(self, text: str, language: str) -> str:
+        """Another beginning, words left out, an aside: what a question can bear."""
+        rng = self.rng
+        if rng.random() < 0.3:
+            for group in self.corpus.openings[language]:
+                if opening := next((one for one in group if text.lower().startswith(one)), None):
+                    text = rng.choice(group) + text[len(opening) :]
+                    break
+        if rng.random() < 0.3:
+            if language == "en":
+                words = text.split(" ")
+                text = " ".join(word for word in words if rng.random() > 0.15 or len(words) < 3) or text
+            elif len(text) > 5:
+                at = rng.randrange(len(text) - 1)
+                text = text[:at] + text[at + rng.choice((1, 1, 2)) :]
+        if rng.random() < 0.08:
+            aside, joint = rng.choice(self.corpus.asides[language]), " " if language == "en" else ""
+            text = aside + joint + text if rng.random() < 0.7 else text + joint + aside
+        return text
 
     def _recall(self, language: str, distance: int) -> list[Turn]:
         """Something told, other talk, then asked for; at times never told."""

@@ -36,6 +36,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # an answer that names <|im_end|> writes it, and does not end with it
         self.start, self.end = (tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
         self.newline = tokenizer.encode("\n").ids
         self.context = context
