@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,12 @@ def load(seed: int = 0) -> Corpus:
             if raw["id"] in (question.id, question.family):
                 for language in LANGUAGES:
                     # The exam is chosen already: these only add to what is trained on.
-                    question.ask[language] += _without(raw["ask"].get(language, []), question.held_out[language])
+                    question.ask[language] += raw["ask"].get(language, [])
+    # Nor may another question, or a follow-up, bring in what the exam asks.
+    held = _forms(ask for question in questions for language in LANGUAGES for ask in question.held_out[language])
+    for question in questions:
+        question.ask = {language: _without(entries, held) for language, entries in question.ask.items()}
+        question.follow = {language: _without(entries, held) for language, entries in question.follow.items()}
     size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
     unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
     variation = merged["openings"], merged["asides"]
@@ -126,12 +131,15 @@ def _question(raw: dict[str, Any], rng: random.Random) -> Question:
 
 def _hold_out(question: Question, language: str, entries: list[str]) -> None:
     question.held_out[language] = entries
-    question.ask[language] = _without(question.ask[language], entries)
+    question.ask[language] = _without(question.ask[language], _forms(entries))
 
 
-def _without(entries: list[str], held: list[str]) -> list[str]:
-    """The entries of which no reading is held out."""
-    forms = {plain_form(entry) for entry in held}
+def _forms(entries: Iterable[str]) -> set[str]:
+    return {plain_form(entry) for entry in entries}
+
+
+def _without(entries: list[str], forms: set[str]) -> list[str]:
+    """The entries of which no reading is held out. forms: the held-out ones' `plain_form`s."""
     return [entry for entry in entries if forms.isdisjoint(readings(entry))]
 
 
@@ -150,7 +158,7 @@ def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random
             f"{family['id']}-{size}",
             {language: fill(family["answer"][language], language) for language in LANGUAGES},
             {language: [fill(fact, language) for fact in family["facts"].get(language, family["facts"]["en"])] for language in LANGUAGES},
-            {language: _without(family["ask"][language], held[language]) for language in LANGUAGES},
+            {language: _without(family["ask"][language], _forms(held[language])) for language in LANGUAGES},
             family=family["id"],
             size=size,
         )
