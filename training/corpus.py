@@ -108,7 +108,7 @@ def load(seed: int = 0) -> Corpus:
                 for language in LANGUAGES:
                     # The exam is chosen already: these only add to what is trained on.
                     question.ask[language] += raw["ask"].get(language, [])
-    # Nor may another question, or a follow-up, bring in what the exam asks.
+    # No question, nor a follow-up, may bring in what the exam asks of it or of another.
     held = _forms(ask for question in questions for language in LANGUAGES for ask in question.held_out[language])
     for question in questions:
         question.ask = {language: _without(entries, held) for language, entries in question.ask.items()}
@@ -125,13 +125,8 @@ def _question(raw: dict[str, Any], rng: random.Random) -> Question:
     many = 15 if raw["id"] == "unknown" else 1
     for language in LANGUAGES:
         plain = [entry for entry in question.ask[language] if is_plain(entry)]
-        _hold_out(question, language, rng.sample(plain, min(len(plain) // 4, many * _PLAIN_HELD_OUT[language])))
+        question.held_out[language] = rng.sample(plain, min(len(plain) // 4, many * _PLAIN_HELD_OUT[language]))
     return question
-
-
-def _hold_out(question: Question, language: str, entries: list[str]) -> None:
-    question.held_out[language] = entries
-    question.ask[language] = _without(question.ask[language], _forms(entries))
 
 
 def _forms(entries: Iterable[str]) -> set[str]:
