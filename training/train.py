@@ -1,6 +1,6 @@
 """Train the guide: `python training/train.py` rebuilds its tokenizer and weights from `guide/`, in under 90 minutes on 2 CPU cores.
 
-Needs torch, tokenizers and numpy (`training/requirements.txt`); nothing else of the project. The same seed gives the same score.
+Needs torch, tokenizers and numpy (`training/requirements.txt`); nothing else of the project. Everything random comes from the seed.
 Writes a Hugging Face checkpoint to `qwen2_local/guide/`. An interrupted training goes on where it was, from `training/out/`.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import struct
 import sys
 import time
@@ -174,7 +175,7 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
-    """Write the checkpoint's config, generation_config and weights."""
+    """Write the checkpoint: config, generation_config, tokenizer and weights."""
     shape = model.shape
     pad = encoder.tokenizer.token_to_id("<|endoftext|>")
     config = {
@@ -205,6 +206,8 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(OUT / name, folder / name)
     save_safetensors(folder / "model.safetensors", dict(model.state_dict()))
 
 
@@ -224,10 +227,9 @@ def main() -> None:
 
     data = corpus.load(options.seed)
     OUT.mkdir(exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
     sampler = corpus.Sampler(data, options.seed + 1)
     texts = [text for _ in range(20_000) for turn in sampler.conversation()[1] for text in turn]
-    tokenizer = learn(texts, options.out)
+    tokenizer = learn(texts, OUT)  # the guide in place stays whole until the very end
     encoder = Encoder(tokenizer, Shape().context)
     batches = Batches(corpus.Sampler(data, options.seed + 2), encoder, options.batch)
 
