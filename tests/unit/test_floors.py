@@ -29,7 +29,7 @@ FLOORS = (
     ("model",),
     ("cli", "qwen2_tui"),
 )
-LIBRARIES = {"click", "huggingface_hub", "llama_cpp", "mlx", "numpy", "platformdirs", "rich", "textual", "tokenizers"}
+LIBRARIES = {"click", "huggingface_hub", "llama_cpp", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
 COMPUTING = {"llama_cpp", "mlx"}
 HEAVY = {"llama_cpp", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "torch", "transformers"}
 
