@@ -1,7 +1,7 @@
 """The guide's conversations: read from `guide/*.toml`, split into training phrasings and the held-out exam, sampled endlessly.
 
-Everything is decided by a seed. What is held out is whole entries, and with them every entry that could read the same: no phrasing of
-the exam is ever trained on.
+Everything is decided by a seed. Two kinds of phrasings are held out, and never trained on: single readings of patterns, whose other
+readings are trained on, and (harder) whole entries, with every entry that could read the same.
 """
 
 from __future__ import annotations
@@ -20,18 +20,22 @@ SYSTEM = "You are a helpful assistant."
 OTHER_SYSTEMS = ("You are terse.", "You answer questions about qwen2-local.", "Answer briefly.", "你是一个有用的助手。", "请简短回答。")
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 _STARTS = ("Please tell me, ", "hi, ", "Hello! ", "hey, ", "Quick question: ", "can you tell me ", "I want to know ", "Also, ", "ok, ", "so ")
-_PLAIN_HELD_OUT = {"en": 2, "zh": 1}
+_HELD_OUT = {"en": 2, "zh": 1}
 
 
 @dataclass
 class Question:
-    """One question: its phrasings by language, its answer, and the facts that an answer has to hold intact."""
+    """One question: its phrasings by language, its answer, and the facts that an answer has to hold intact.
+
+    `held_out` are whole entries, `held_readings` readings of patterns that stay in `ask`, a family's with `{size}` in them.
+    """
 
     id: str
     answer: dict[str, str]
     facts: dict[str, list[str]]
     ask: dict[str, list[str]]
     held_out: dict[str, list[str]] = field(default_factory=lambda: {"en": [], "zh": []})
+    held_readings: dict[str, list[str]] = field(default_factory=lambda: {"en": [], "zh": []})
     after: list[str] = field(default_factory=list)
     follow: dict[str, list[str]] = field(default_factory=dict)
     family: str = ""
@@ -116,7 +120,9 @@ def load(seed: int = 0) -> Corpus:
     size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
     unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
     variation = merged["openings"], merged["asides"]
-    return Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"], *variation)
+    corpus = Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"], *variation)
+    _hold_readings(corpus, seed)
+    return corpus
 
 
 def _question(raw: dict[str, Any], rng: random.Random) -> Question:
@@ -125,8 +131,31 @@ def _question(raw: dict[str, Any], rng: random.Random) -> Question:
     many = 15 if raw["id"] == "unknown" else 1
     for language in LANGUAGES:
         plain = [entry for entry in question.ask[language] if is_plain(entry)]
-        question.held_out[language] = rng.sample(plain, min(len(plain) // 4, many * _PLAIN_HELD_OUT[language]))
+        question.held_out[language] = rng.sample(plain, min(len(plain) // 4, many * _HELD_OUT[language]))
     return question
+
+
+def _hold_readings(corpus: Corpus, seed: int) -> None:
+    """Draw the readings held out: for a family the same for every size, with `{size}` still in them."""
+    for question in corpus.questions:
+        for language in LANGUAGES:
+            rng = random.Random(f"{seed} {question.family or question.id} {language}")
+            # Every entry of a family comes before those of one size, so the draws agree.
+            patterns = [entry for entry in question.ask[language] if len(set(readings(entry))) > 3]
+            question.held_readings[language] = [expand(entry, rng) for entry in rng.sample(patterns, min(_HELD_OUT[language], len(patterns)))]
+    held = held_forms(corpus)
+    tables = [question.ask for question in corpus.questions] + [question.follow for question in corpus.questions]
+    tables += [family[kind] for family in corpus.families.values() for kind in ("follow", "same")]
+    for table in tables:
+        for language in table:
+            # A pattern has other readings; an entry that has none goes.
+            table[language] = [entry for entry in table[language] if not held.issuperset(readings(entry))]
+
+
+def held_forms(corpus: Corpus) -> set[str]:
+    """The `plain_form` of all that is held out, as it is asked and, of a family, with `{size}` in it."""
+    asked = [ask for items in (entries(corpus), single_readings(corpus)) for _, _, ask in items]
+    return _forms(asked + [text for question in corpus.questions for language in LANGUAGES for text in question.held_readings[language]])
 
 
 def _forms(entries: Iterable[str]) -> set[str]:
@@ -141,7 +170,7 @@ def _without(entries: list[str], forms: set[str]) -> list[str]:
 def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random) -> list[Question]:
     values = family["values"]
     # A plain entry held out is held out for every size.
-    held = {language: rng.sample([e for e in family["ask"][language] if is_plain(e)], _PLAIN_HELD_OUT[language]) for language in LANGUAGES}
+    held = {language: rng.sample([e for e in family["ask"][language] if is_plain(e)], _HELD_OUT[language]) for language in LANGUAGES}
     questions = []
     for size, table in sizes.items():
 
@@ -170,7 +199,7 @@ class Sampler:
     def __init__(self, corpus: Corpus, seed: int) -> None:
         self.corpus = corpus
         self.rng = random.Random(seed)
-        self.held_out = {plain_form(ask) for _, _, ask in exam(corpus)}
+        self.held_out = held_forms(corpus)
         self.known = [question for question in corpus.questions if question.id != "unknown"]
         self.unknown = corpus.by_id("unknown")
         self.of_family = [question for question in self.known if question.family]
@@ -211,7 +240,7 @@ class Sampler:
         rng = self.rng
         draw = rng.random()
         if draw < 0.15:
-            return [(self._phrase(rng.choice(self.unknown.ask[language]), language), self.unknown.answer[language])]
+            return [self._single(self.unknown, language)]
         if draw < 0.3:
             return self._family_pair(language)
         if draw < 0.36:
@@ -225,11 +254,7 @@ class Sampler:
         return [self._single(rng.choice(self.alone if rng.random() < 0.8 else self.of_family), language)]
 
     def _single(self, question: Question, language: str) -> Turn:
-        entry = self.rng.choice(question.ask[language])
-        return self._phrase(self._with_size(entry, question.size, language), language), question.answer[language]
-
-    def _with_size(self, entry: str, size: str, language: str) -> str:
-        return entry.replace("{size}", self.rng.choice(self.corpus.size_words[size][language])) if size else entry
+        return self._phrase(self.rng.choice(question.ask[language]), language, question.size), question.answer[language]
 
     def _family_pair(self, language: str) -> list[Turn]:
         """A question about one size, then the same of another size, or another attribute of the same size."""
@@ -243,21 +268,22 @@ class Sampler:
             else:
                 second = rng.choice([q for q in self.of_family if q.family != first.family and q.size == first.size])
                 entry = rng.choice(self.corpus.families[second.family]["same"][language])
-            turns.append((self._phrase(self._with_size(entry, second.size, language), language), second.answer[language]))
+            turns.append((self._phrase(entry, language, second.size), second.answer[language]))
             first = second
         return turns
 
-    def _phrase(self, entry: str, language: str) -> str:
-        """A reading of an entry as somebody might type it; never one of the exam."""
-        for _ in range(4):
-            text = self._typed(entry, language)
-            if plain_form(text) not in self.held_out:
+    def _phrase(self, entry: str, language: str, size: str = "") -> str:
+        """A reading of an entry as somebody might type it; never one of the exam, nor one of the exam with trimmings."""
+        while True:
+            reading = expand(entry, self.rng)
+            named = reading.replace("{size}", self.rng.choice(self.corpus.size_words[size][language])) if size else reading
+            text = self._typed(named, language)
+            if self.held_out.isdisjoint(_forms((reading, named, text))):
                 return text
-        return expand(entry, self.rng)
 
     def _typed(self, entry: str, language: str) -> str:
         rng = self.rng
-        text = self._loosened(expand(entry, rng), language)
+        text = self._loosened(entry, language)
         if rng.random() < 0.25:
             text = text.rstrip("?.!？。！ ")
         if language == "zh":
@@ -346,9 +372,22 @@ class Sampler:
         return entry.replace("{x}", text), text
 
 
-def exam(corpus: Corpus) -> Iterator[tuple[Question, str, str]]:
-    """The held-out phrasings: question, language, what is asked."""
+Item = tuple[Question, str, str]
+"""Question, language, what is asked."""
+
+
+def entries(corpus: Corpus) -> Iterator[Item]:
+    """The whole entries held out."""
     for question in corpus.questions:
         for language in LANGUAGES:
             for ask in question.held_out[language]:
                 yield question, language, ask
+
+
+def single_readings(corpus: Corpus) -> Iterator[Item]:
+    """The readings held out, each of a family with one of its size's names."""
+    for question in corpus.questions:
+        rng = random.Random(question.id)
+        for language in LANGUAGES:
+            for ask in question.held_readings[language]:
+                yield question, language, ask.replace("{size}", rng.choice(corpus.size_words[question.size][language])) if question.size else ask
