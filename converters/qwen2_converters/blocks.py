@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qwen2_converters.plan import Plan, PlannedTensor
+from qwen2_converters.planned import Plan, PlannedTensor
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint
 

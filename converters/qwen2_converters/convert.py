@@ -11,7 +11,8 @@ from qwen2_converters.companions import check_companions
 from qwen2_converters.destination import check_destination
 from qwen2_converters.gguf import write_gguf
 from qwen2_converters.mlx import write_mlx
-from qwen2_converters.plan import Plan, make_plan
+from qwen2_converters.plan import make_plan
+from qwen2_converters.planned import Plan
 from qwen2_converters.target import Target
 from qwen2_local import files
 from qwen2_local.errors import UnsupportedModel

@@ -16,7 +16,7 @@ import numpy as np
 from qwen2_converters import ggml
 from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
 from qwen2_converters.keys import Keys, Value, gguf_keys
-from qwen2_converters.plan import Plan
+from qwen2_converters.planned import Plan
 from qwen2_local import cpu
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint

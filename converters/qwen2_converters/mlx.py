@@ -19,7 +19,7 @@ import numpy as np
 from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
 from qwen2_converters.companions import copy_companions
 from qwen2_converters.keys import read_vocabulary
-from qwen2_converters.plan import GROUP, Part, Plan, PlannedTensor
+from qwen2_converters.planned import Part, Plan, PlannedTensor
 from qwen2_local.errors import BackendUnavailable, BadFile
 from qwen2_local.formats.checkpoint import Checkpoint, parameters
 
@@ -89,7 +89,7 @@ def mlx_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         made |= {key: dtype for key in ("dtype", "torch_dtype") if key in made} or {"torch_dtype": dtype}
     else:
         # Twice: Hugging Face's model pages read the second.
-        quantization = {"group_size": GROUP, "bits": bits, "mode": "affine"}
+        quantization = {"group_size": plan.target.group, "bits": bits, "mode": "affine"}
         made |= {"quantization": quantization, "quantization_config": quantization}
     return dict(sorted(made.items()))
 
@@ -134,7 +134,8 @@ def _encode(mx: Any, block: Block, raw: Buffer) -> list[Buffer]:
         raise BadFile(fault, hint="Fetch the model again from its source, or convert to mlx:f32.")
     if len(parts) == 1:
         return [_bytes(mx, weights)]
-    return [_bytes(mx, array) for array in mx.quantize(weights, GROUP, 32 * parts[0].shape[-1] // block.tensor.shape[-1])]
+    columns = block.tensor.shape[-1]
+    return [_bytes(mx, array) for array in mx.quantize(weights, columns // parts[1].shape[-1], 32 * parts[0].shape[-1] // columns)]
 
 
 def _bytes(mx: Any, array: Any) -> Buffer:

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from qwen2_local.errors import UsageError
 
-_WEIGHTS = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "mlx": ("f32", "bf16", "8bit", "4bit")}
+GGUF = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+)  # fmt: skip
+"""How a GGUF file can keep its weights: llama.cpp's names."""
 
-VALID = tuple(f"{form}:{weights}" for form, kinds in _WEIGHTS.items() for weights in kinds)
-"""All targets."""
+MLX = ("f32", "bf16", "f16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit", "mixed_4_6", "mixed_3_6", "mixed_3_4", "mixed_2_6")
+"""How an MLX folder can. The quantized ones also take a group size: "4bit-g32", "mixed_3_6-g128"; 64 without one."""
+
+VALID = (*(f"gguf:{weights}" for weights in GGUF), *(f"mlx:{weights}" for weights in MLX))
+"""All targets, those with a group size left out."""
+
+_GROUPS = (32, 64, 128)
+_QUANTIZED = re.compile(r"(?P<kind>([234568])bit|mixed_(?:[234]_[46]))(?:-g(?P<group>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A format and its weights ("q4_0", "4bit")."""
+    """A format and its weights ("q4_k_m", "4bit", "4bit-g32")."""
 
     format: Literal["gguf", "mlx"]
     weights: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """From "gguf:q4_0", "mlx:4bit" and the like, in any case. Raises UsageError that lists the valid ones."""
+        """From "gguf:q4_k_m", "mlx:4bit" and the like, in any case. Raises UsageError that lists the valid ones."""
         match text.strip().lower().split(":"):
-            case ["gguf", weights] if weights in _WEIGHTS["gguf"]:
+            case ["gguf", weights] if weights in GGUF:
                 return cls("gguf", weights)
-            case ["mlx", weights] if weights in _WEIGHTS["mlx"]:
+            case ["mlx", weights] if weights in MLX:
                 return cls("mlx", weights)
-        raise UsageError(f"There is no target {text[:60]!r}.", hint=f"The targets are: {', '.join(VALID)}.")
+            case ["mlx", weights] if (match := _QUANTIZED.fullmatch(weights)) and match["kind"] in MLX and int(match["group"] or 64) in _GROUPS:
+                return cls("mlx", weights.removesuffix("-g64"))
+        hint = f"The targets are: gguf: {', '.join(GGUF)}; mlx: {', '.join(MLX)}, and these with -g32 or -g128."
+        raise UsageError(f"There is no target {text[:60]!r}.", hint=hint)
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
@@ -41,5 +55,12 @@ class Target:
 
     @property
     def bits(self) -> int | None:
-        """Bits of a weight that MLX quantizes to; None where it does not, and for GGUF."""
-        return int(self.weights.removesuffix("bit")) if self.weights.endswith("bit") else None
+        """Bits of a weight that MLX quantizes to, of a mixed recipe the fewer; None where it does not, and for GGUF."""
+        match = _QUANTIZED.fullmatch(self.weights) if self.format == "mlx" else None
+        return int(match["kind"].removesuffix("bit").split("_")[-1 if match[2] else 1]) if match else None
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale in MLX's quantization."""
+        match = _QUANTIZED.fullmatch(self.weights)
+        return int(match["group"] or 64) if match else 64

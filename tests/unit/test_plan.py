@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from qwen2_converters.convert import check, convert
-from qwen2_converters.plan import GROUP, Rows, gguf_name, make_plan
+from qwen2_converters.plan import make_plan
+from qwen2_converters.plan_gguf import gguf_name
+from qwen2_converters.planned import Rows
 from qwen2_converters.target import VALID, Target
 from qwen2_local.errors import UnsupportedModel, UsageError
 from qwen2_local.formats.checkpoint import Checkpoint
@@ -94,7 +96,7 @@ def test_gates_stay_exact() -> None:
 def test_mlx_bits_per_weight() -> None:
     plan = make_plan(SIZES["7b"], Target.parse("mlx:4bit"))
     matrices = [tensor for tensor in plan.tensors if len(tensor.parts) == 3]
-    assert 8 * sum(tensor.nbytes for tensor in matrices) / sum(math.prod(tensor.shape) for tensor in matrices) == 4 + 32 / GROUP
+    assert 8 * sum(tensor.nbytes for tensor in matrices) / sum(math.prod(tensor.shape) for tensor in matrices) == 4 + 32 / 64
 
 
 def test_experts_are_gathered_in_order(tmp_path: Path) -> None:
