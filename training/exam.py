@@ -1,7 +1,8 @@
 """Examine the guide: `python training/exam.py [--backend mlx] [--model guide:q4_0]`, in the project's own environment (no torch).
 
-Three parts, all answered by the program itself, greedily, as a user would get it:
-- held out: phrasings of the guide's own questions that training never saw (`corpus.exam`);
+Four parts, all answered by the program itself, greedily, as a user would get it:
+- readings: single readings of the guide's patterns, which training never saw, though it saw their other readings (`corpus.single_readings`);
+- entries: phrasings held out whole, with all that could read the same (`corpus.entries`): terser, and harder;
 - blind: 100 questions written by somebody who had not seen the training phrasings (`exam/blind.toml`);
 - recall: a name or number told at the start of a conversation of 1k, 4k and 8k tokens, and asked for at its end.
 
@@ -42,9 +43,8 @@ def nearest(reply: str, language: str, questions: list[corpus.Question]) -> str:
     return reply if reply in answers else max(answers, key=lambda answer: difflib.SequenceMatcher(None, answer, reply, autojunk=False).ratio())
 
 
-def held_out(model: Qwen2, data: corpus.Corpus, most: int | None = None) -> tuple[int, int]:
+def held_out(model: Qwen2, data: corpus.Corpus, items: list[corpus.Item], most: int | None = None) -> tuple[int, int]:
     """How many are right, of how many. most: take so many of them, spread evenly."""
-    items = list(corpus.exam(data))
     items = items[:: max(1, len(items) // most)] if most else items
     right = 0
     for question, language, ask in items:
@@ -101,7 +101,8 @@ def main() -> None:
     report: dict[str, Any] = {"model": options.model}
     with Qwen2(options.model, backend=options.backend) as model:
         report["backend"] = model.info.name
-        for name, (right, count) in (("held_out", held_out(model, data)), ("blind", blind(model))):
+        readings, entries = (held_out(model, data, list(items(data))) for items in (corpus.single_readings, corpus.entries))
+        for name, (right, count) in (("readings", readings), ("entries", entries), ("blind", blind(model))):
             report[name] = {"right": right, "of": count, "share": round(right / count, 4)}
         for tokens in (1000, 4000, 7700):
             if options.recall:

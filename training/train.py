@@ -139,12 +139,11 @@ def loss_of(model: Qwen2, ids: Tensor, positions: Tensor, targets: Tensor) -> Te
     return F.cross_entropy(logits.float(), targets[wanted], ignore_index=-1)
 
 
-def held_out_score(model: Qwen2, encoder: Encoder, data: corpus.Corpus) -> tuple[float, list[str]]:
-    """The share of held-out questions whose greedy reply is the whole right answer, and the ids of those that fail.
+def held_out_score(model: Qwen2, encoder: Encoder, items: list[corpus.Item]) -> tuple[float, list[str]]:
+    """The share of `items` whose greedy reply is the whole right answer, and those that fail.
 
     Teacher forcing decides it: greedy decoding gives the answer exactly if it is the most likely token at every place.
     """
-    items = list(corpus.exam(data))
     rng = random.Random(0)
     failed = []
     with torch.no_grad():
@@ -242,9 +241,10 @@ def main() -> None:
     optimizers = (muon, adam)
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     size = sum(p.numel() for p in model.parameters())
-    held = len(list(corpus.exam(data)))
+    held = {"readings": list(corpus.single_readings(data)), "entries": list(corpus.entries(data))}
     corpus_tokens = tokenizer.get_vocab_size()
-    print(f"{len(data.questions)} questions, {held} held-out phrasings, {corpus_tokens} tokens, {size / 1e6:.2f} M parameters", flush=True)
+    counts = ", ".join(f"{len(items)} {name}" for name, items in held.items())
+    print(f"{len(data.questions)} questions, held out {counts}, {corpus_tokens} tokens, {size / 1e6:.2f} M parameters", flush=True)
 
     seen, step, started = 0, 0, time.monotonic()
     quantized = random.Random(options.seed + 3)
@@ -290,7 +290,8 @@ def main() -> None:
             print(f"step {step}  {seen / 1e6:.2f} M tokens  loss {averages[0]:.4f}  copying {averages[1]:.4f}  {minutes:.1f} min", flush=True)
         if step % 250 == 0:
             FakeQuant.mode = ""
-            print(f"  held out: {held_out_score(model, encoder, data)[0]:.1%} right to the letter", flush=True)
+            shares = ", ".join(f"{name} {held_out_score(model, encoder, items)[0]:.1%}" for name, items in held.items())
+            print(f"  held out, right to the letter: {shares}", flush=True)
         if step % 100 == 0:
             parts = [optimizer.state_dict() for optimizer in optimizers]
             saved = {"model": model.state_dict(), "optimizers": parts, "rng": batches.sampler.rng.getstate(), "quantized": quantized.getstate()}
@@ -304,10 +305,12 @@ def main() -> None:
     scores = {}
     for mode in ("", "q4_0", "mlx"):
         FakeQuant.mode = mode
-        scores[mode or "bf16"], failed = held_out_score(model, encoder, data)
-        print(f"held out, {mode or 'bf16'}: {scores[mode or 'bf16']:.2%}", flush=True)
-        if not mode:
-            print("\n".join(failed))
+        for name, items in held.items():
+            share, failed = held_out_score(model, encoder, items)
+            scores[f"{name} {mode or 'bf16'}"] = share
+            print(f"held out {name}, {mode or 'bf16'}: {share:.2%}", flush=True)
+            if not mode:
+                print("\n".join(failed))
     report = {"seed": options.seed, "tokens": seen, "steps": step, "shape": asdict(model.shape), "held_out_to_the_letter": scores}
     (OUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
