@@ -11,6 +11,8 @@ Qwen2LocalError                 exit code 1
  │   └─ BackendUnavailable
  ├─ DoesNotFit                  5   memory, disk or context
  │   └─ ContextOverflow
+ ├─ FetchFailed                 6   a server does not give a file: refused, broken off, too slow, not what was announced
+ │   └─ Offline                     no server can be reached
  └─ Cancelled                   130 stopped by the caller
 """
 
@@ -88,6 +90,16 @@ class DoesNotFit(Qwen2LocalError):
 
 class ContextOverflow(DoesNotFit):
     """Prompt and reply do not fit into the context. Says the counts."""
+
+
+class FetchFailed(Qwen2LocalError):
+    """A file or listing could not be fetched: the server refused it or kept breaking off. What had come is kept, and used the next time."""
+
+    exit_code = 6
+
+
+class Offline(FetchFailed):
+    """The server could not be reached at all, or the network is switched off (HF_HUB_OFFLINE)."""
 
 
 class Cancelled(Qwen2LocalError):

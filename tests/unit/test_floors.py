@@ -29,9 +29,9 @@ FLOORS = (
     ("model",),
     ("cli", "qwen2_tui"),
 )
-LIBRARIES = {"click", "huggingface_hub", "llama_cpp", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
+LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
 COMPUTING = {"llama_cpp", "mlx"}
-HEAVY = {"llama_cpp", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "torch", "transformers"}
+HEAVY = {"llama_cpp", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "httpx2", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
