@@ -35,12 +35,14 @@ _GGUF = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def planned_gguf(name: str, shape: tuple[int, ...], rows: tuple[Rows, ...], target: Target, config: Qwen2Config) -> PlannedTensor:
-    """The tensor that Hugging Face, or MLX for stacked experts, calls `name`, in a GGUF file."""
+def planned_gguf(
+    name: str, shape: tuple[int, ...], rows: tuple[Rows, ...], target: Target, config: Qwen2Config, *, imatrix: bool = False
+) -> PlannedTensor:
+    """The tensor that Hugging Face, or MLX for stacked experts, calls `name`, in a GGUF file. imatrix: whether it is quantized with one."""
     renamed = gguf_name(name)
     if renamed.endswith("ffn_gate_inp_shexp.weight"):  # a vector there
         shape = shape[1:]
-    kind = tensor_type(renamed, shape, target.weights, config)
+    kind = tensor_type(renamed, shape, target.weights, config, imatrix=imatrix)
     part = Part(renamed, kind.name, shape, kind.row_bytes(shape[-1]) * math.prod(shape[:-1]))
     return PlannedTensor(shape, rows, (part,))
 

@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass
 
 from qwen2_converters.target import Target
+from qwen2_local.formats.config import Qwen2Config
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """`count` rows of the checkpoint's tensor `source`, from row `first` on. A vector is one row."""
+    """`count` rows of the checkpoint's tensor `source`, from row `first` on; rows of zeros where that is None. A vector is one row.
 
-    source: str
+    Rows of the source that are shorter than the planned tensor's end in zeros.
+    """
+
+    source: str | None
     first: int
     count: int
 
@@ -29,7 +33,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One matrix or vector. rows: where it comes from, in order. parts: what is written, one; or weight, scales and biases for MLX."""
+    """One matrix or vector. rows: where it comes from, in order; of stacked experts, none spans two.
+
+    parts: what is written, one; or weight, scales and biases for MLX.
+    """
 
     shape: tuple[int, ...]
     rows: tuple[Rows, ...]
@@ -48,9 +55,14 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that will be written. nbytes: of all tensors. disk: bytes to have free, headers and companion files included."""
+    """All that will be written.
+
+    config: of the model as written, which differs from the checkpoint's where its FFN is padded or its context stretched.
+    nbytes: of all tensors. disk: bytes to have free, headers and companion files included.
+    """
 
     target: Target
+    config: Qwen2Config
     tensors: tuple[PlannedTensor, ...]
     nbytes: int
     disk: int

@@ -40,10 +40,13 @@ def test_targets_come_back_as_they_were_typed(text: str) -> None:
     assert str(Target.parse(f" {text.upper()} ")) == text
 
 
-@pytest.mark.parametrize("text", ["", "gguf", "q4_0", "gguf:", "gguf:4bit", "mlx:q4_0", "mlx:f16", "gguf:q4_0:x", "gguf: q4_0"])
+@pytest.mark.parametrize(
+    "text", ["", "gguf", "q4_0", "gguf:", "gguf:4bit", "gguf:q4_k", "gguf:iq2_xs", "mlx:q4_0", "mlx:7bit", "mlx:f16-g32", "gguf:q4_0:x", "gguf: q4_0"]
+)
 def test_other_targets_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="gguf:q4_0"):
+    with pytest.raises(UsageError, match="There is no target") as caught:
         Target.parse(text)
+    assert all(target.partition(":")[2] in caught.value.hint for target in VALID)
 
 
 def test_labels() -> None:
@@ -112,7 +115,7 @@ def test_experts_are_gathered_in_order(tmp_path: Path) -> None:
             assert up.rows == tuple(Rows(f"{at}.{expert}.up_proj.weight", 0, 64) for expert in range(3))
         else:
             assert up.rows == tuple(Rows(f"{at}.gate_up_proj", 128 * expert + 64, 64) for expert in range(3))
-            assert down.rows == (Rows(f"{at}.down_proj", 0, 384),)
+            assert down.rows == tuple(Rows(f"{at}.down_proj", 128 * expert, 128) for expert in range(3))
 
 
 def test_a_tied_mixture_of_experts_gets_its_head_twice(tmp_path: Path) -> None:
