@@ -7,11 +7,12 @@ keep the memory that a hostile header can take below 200 MB.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import sys
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -80,6 +81,18 @@ def read_gguf(path: Path) -> GgufHeader:
 
     Raises BadFile that says what is wrong, UnsupportedModel for tensors of a type that llama.cpp has dropped.
     """
+    header, fault = salvage_gguf(path)
+    if fault is not None:
+        raise fault
+    return header
+
+
+def salvage_gguf(path: Path) -> tuple[GgufHeader, BadFile | None]:
+    """What of the header of `path` is sound, up to the first fault, and that fault, or None. For looking at a file, never for loading it.
+
+    After a fault, `tensors` lie where the file says, unchecked; and counted from the start of the tensors, if where that is was not reached
+    (`data_offset` is 0). Raises BadFile where nothing can be read: for what is no GGUF file, of an unknown version, or claims absurd counts.
+    """
     try:
         with open_regular(path) as file:
             return _read(path, file)
@@ -87,7 +100,7 @@ def read_gguf(path: Path) -> GgufHeader:
         raise BadFile(f"{path} cannot be read: {error.strerror}.", hint="Check the name and the folder.") from error
 
 
-def _read(path: Path, file: BinaryIO) -> GgufHeader:
+def _read(path: Path, file: BinaryIO) -> tuple[GgufHeader, BadFile | None]:
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
     if head[:4] != b"GGUF":
@@ -101,11 +114,19 @@ def _read(path: Path, file: BinaryIO) -> GgufHeader:
         raise _bad(path, f"its GGUF version is {version}; 2 and 3 are known")
     tensor_count = cursor.count("tensors", _MAX_TENSORS)
     key_count = cursor.count("keys", _MAX_KEYS)
-    keys, alignment = _read_keys(cursor, key_count)
-    infos = _read_infos(cursor, tensor_count)
-    data_offset = -(-cursor.at // alignment) * alignment
-    tensors = _place(path, infos, alignment, data_offset, size)
-    return GgufHeader(path, version, keys, tensors, alignment, data_offset)
+    keys: dict[str, GgufValue] = {}
+    tensors: dict[str, GgufTensor] = {}
+    alignment, data_offset = 32, 0
+    fault: BadFile | None = None
+    try:
+        alignment = _read_keys(cursor, key_count, keys)
+        _read_infos(cursor, tensor_count, tensors)
+        data_offset = -(-cursor.at // alignment) * alignment
+        _check_places(path, tensors, alignment, data_offset, size)
+    except BadFile as error:
+        fault = error
+    placed = {name: replace(tensor, offset=data_offset + tensor.offset) for name, tensor in tensors.items()}
+    return GgufHeader(path, version, keys, placed, alignment, data_offset), fault
 
 
 class _Cursor:
@@ -178,8 +199,8 @@ class _Cursor:
         return values
 
 
-def _read_keys(cursor: _Cursor, count: int) -> tuple[dict[str, GgufValue], int]:
-    keys: dict[str, GgufValue] = {}
+def _read_keys(cursor: _Cursor, count: int, keys: dict[str, GgufValue]) -> int:
+    """Fills `keys`; gives the alignment."""
     alignment = 32
     for number in range(count):
         key = cursor.string(f"key {number}")
@@ -196,7 +217,7 @@ def _read_keys(cursor: _Cursor, count: int) -> tuple[dict[str, GgufValue], int]:
             if kind != _UINT32 or not isinstance(value, int) or value & (value - 1) or not 32 <= value <= 1 << 16:
                 raise _bad(cursor.path, f"general.alignment is {str(value)[:40]}, but has to be a uint32 power of two from 32 to 65536")
             alignment = value
-    return keys, alignment
+    return alignment
 
 
 def _read_value(cursor: _Cursor, key: str, kind: int) -> int | float | bool | str:
@@ -233,17 +254,15 @@ def _read_array(cursor: _Cursor, key: str) -> list[str] | array[int] | array[flo
     return values
 
 
-def _read_infos(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[int, ...], int]]:
-    infos: list[tuple[str, GgmlType, tuple[int, ...], int]] = []
-    seen: set[str] = set()
+def _read_infos(cursor: _Cursor, count: int, tensors: dict[str, GgufTensor]) -> None:
+    """Fills `tensors`, whose offsets count from the start of the data."""
     for number in range(count):
         name = cursor.string(f"the name of tensor {number}")
         where = f"the tensor {name[:100]!r}"
         if not name or len(name.encode()) > _MAX_NAME or "\0" in name:
             raise _bad(cursor.path, f"the name of tensor {number} is empty, longer than {_MAX_NAME} bytes, or holds a zero")
-        if name in seen:
+        if name in tensors:
             raise _bad(cursor.path, f"{where} appears twice")
-        seen.add(name)
         dimensions = cursor.number("<I")
         if not 1 <= dimensions <= 4:
             raise _bad(cursor.path, f"{where} has {dimensions} dimensions; 1 to 4 are possible")
@@ -262,28 +281,21 @@ def _read_infos(cursor: _Cursor, count: int) -> list[tuple[str, GgmlType, tuple[
             raise _bad(cursor.path, f"{where} has the unknown type {type_number}")
         if shape[0] % kind.block:
             raise _bad(cursor.path, f"{where} has rows of {shape[0]}, which are no whole blocks of {kind.name} ({kind.block})")
-        infos.append((name, kind, shape, cursor.number("<Q")))
-    return infos
+        tensors[name] = GgufTensor(kind, shape, cursor.number("<Q"), kind.row_bytes(shape[0]) * math.prod(shape[1:]))
 
 
-def _place(path: Path, infos: list[tuple[str, GgmlType, tuple[int, ...], int]], alignment: int, data_offset: int, size: int) -> dict[str, GgufTensor]:
-    tensors: dict[str, GgufTensor] = {}
+def _check_places(path: Path, tensors: dict[str, GgufTensor], alignment: int, data_offset: int, size: int) -> None:
     expected = end = 0
-    for name, kind, shape, offset in infos:
-        nbytes = kind.row_bytes(shape[0])
-        for length in shape[1:]:
-            nbytes *= length
-        if offset % alignment:
-            raise _bad(path, f"the tensor {name!r} lies at {offset}, which is not aligned to {alignment}")
+    for name, tensor in tensors.items():
+        if tensor.offset % alignment:
+            raise _bad(path, f"the tensor {name!r} lies at {tensor.offset}, which is not aligned to {alignment}")
         # llama.cpp demands the same: in the order of the header, without gap or overlap.
-        if offset != expected:
-            raise _bad(path, f"the tensor {name!r} lies at {offset}, but the one before it ends at {expected}")
-        end = offset + nbytes
+        if tensor.offset != expected:
+            raise _bad(path, f"the tensor {name!r} lies at {tensor.offset}, but the one before it ends at {expected}")
+        end = tensor.offset + tensor.nbytes
         expected = -(-end // alignment) * alignment
-        tensors[name] = GgufTensor(kind, shape, data_offset + offset, nbytes)
     if tensors and data_offset + end > size:
         raise _bad(path, f"it is truncated: {data_offset + end} bytes are expected, it has {size}")
-    return tensors
 
 
 def _bad(path: Path, fault: str) -> BadFile:
