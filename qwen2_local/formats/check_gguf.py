@@ -10,7 +10,7 @@ import math
 import re
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen2_local.errors import BadFile, UnsupportedModel
@@ -19,6 +19,7 @@ from qwen2_local.formats.gguf import GgufHeader, GgufTensor, read_gguf
 _HINT = "Fetch it again from its original source."
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 1000
+_MAX_TENSORS = 65_536
 
 # LLAMA_FTYPE_* of llama.h.
 _FILE_TYPES = {
@@ -146,10 +147,16 @@ def _parts(path: Path) -> list[GgufHeader]:
     missing = [name.name for name in names if not name.is_file()]
     if missing:
         raise BadFile(f"{path.parent} lacks {len(missing)} of {count} parts: {', '.join(missing[:3])}.", hint="Fetch the missing parts.")
-    headers = [header if name == path else read_gguf(name) for name in names]
-    for number, part in enumerate(headers):
+    del header  # its keys may be many
+    headers: list[GgufHeader] = []
+    for number, name in enumerate(names):
+        part = read_gguf(name)
         if _split_key(part, "split.count", 1) != count or _split_key(part, "split.no", -1) != number:
             raise _bad(part.path, f"it is not part {number + 1} of {count}, as its name says")
+        # The first has all keys; those of a thousand hostile parts would not fit into memory.
+        headers.append(replace(part, keys={}) if number else part)
+        if sum(len(part.tensors) for part in headers) > _MAX_TENSORS:
+            raise _bad(path, f"its parts hold more than {_MAX_TENSORS} tensors")
     return headers
 
 

@@ -29,7 +29,10 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in the file `path`, of at most `limit` bytes. Raises BadFile, also where there is no such file."""
+    """The JSON object in the file `path`, of at most `limit` bytes and a value in every 32 of these.
+
+    Raises BadFile, also where there is no such file. A value takes up to 250 bytes of memory: `limit` bounds that, too.
+    """
     try:
         with open_regular(path) as file:
             # A read takes memory for all that it asks for.
@@ -38,6 +41,8 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
         raise BadFile(f"{path} cannot be read: {error.strerror}.", hint="Check that the folder is complete.") from error
     if len(raw) > limit:
         raise BadFile(f"{path} is larger than {limit // 1_000_000} MB, too large for what it should hold.", hint=_HINT)
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > limit // 32:
+        raise BadFile(f"{path} holds more than {limit // 32:,} values, too many for what it should hold.", hint=_HINT)
     return parse_object(raw, str(path))
 
 
