@@ -1,29 +1,34 @@
 """A checkpoint in a folder, Hugging Face's or MLX's: its config, its shards, and the proof that they are exactly what the config demands.
 
 Layout: transformers (`model.safetensors`, or `model.safetensors.index.json` and its shards) and mlx-lm (the same names; quantized
-matrices as weight, scales, biases; experts as `switch_mlp`). No *.py, *.bin or *.pt is looked at, ever.
+matrices as weight, scales, biases; experts as `switch_mlp`). GPTQ and AWQ write the first with matrices as qweight, qzeros, scales.
+No *.py, *.bin or *.pt is looked at, ever.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from qwen2_local.errors import BadFile
 from qwen2_local.files import inside, safe_name
-from qwen2_local.formats.config import MlxQuantization, Qwen2Config, parse_config, read_config
+from qwen2_local.formats.config import MlxQuantization, PackedQuantization, Qwen2Config, parse_config, read_config
 from qwen2_local.formats.safetensors import TensorEntry, read_header
 from qwen2_local.formats.strict_json import read_object
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX = 16_000_000
+_MAX_TENSORS = 200_000  # 57B-A14B has 5,600
 _FLOATS = ("BF16", "F16", "F32")
 _HINT = "Fetch the model again from its original source."
+
+_Wanted: TypeAlias = tuple[str, tuple[int, ...], tuple[str, ...]]
+"""Name, shape and possible dtypes of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for shard in shards:
         header = read_header(member(folder, shard))
         mlx = mlx or header.metadata.get("format") == "mlx"
+        if len(tensors) + len(header.tensors) > _MAX_TENSORS:
+            raise BadFile(f"{folder} holds more than {_MAX_TENSORS:,} tensors.", hint=_HINT)
         for name, entry in header.tensors.items():
             if name in tensors:
                 raise BadFile(f"{folder}: the tensor {name[:100]!r} is both in {tensors[name].file.name} and in {shard}.", hint=_HINT)
@@ -178,16 +185,18 @@ def _check_tensors(folder: Path, config: Qwen2Config, tensors: Mapping[str, Loca
         wanted = chain(wanted, [("lm_head.weight", (config.vocabulary, config.hidden))])
     for name, shape in wanted:
         module = name.removesuffix(".weight")
-        if f"{module}.scales" in left:
-            quantization = config.quantized.get(module, config.quantization)
+        parts: Iterable[_Wanted] = ((name, shape, _FLOATS),)
+        if {f"{module}.scales", f"{module}.qweight"} & left:
+            quantization = config.packed or config.quantized.get(module, config.quantization)
             if quantization is None:
                 raise BadFile(f"{folder}: {module} is quantized, but config.json does not say how.", hint=_HINT)
-            for part, part_shape, dtypes in _quantized_parts(folder, module, shape, quantization):
-                _check(folder, part, part_shape, dtypes, tensors)
-                left.discard(part)
-        else:
-            _check(folder, name, shape, _FLOATS, tensors)
-            left.discard(name)
+            if isinstance(quantization, PackedQuantization):
+                parts = _packed_parts(folder, module, shape, quantization, left)
+            else:
+                parts = _quantized_parts(folder, module, shape, quantization)
+        for part, part_shape, dtypes in parts:
+            _check(folder, part, part_shape, dtypes, tensors)
+            left.discard(part)
     if left:
         raise BadFile(f"{folder}: the tensor {min(left)[:100]!r} does not belong to this model ({len(left)} such).", hint=_HINT)
 
@@ -198,9 +207,7 @@ def _expert_layout(tensors: Mapping[str, Located]) -> Literal["each", "fused", "
     return "switch" if "model.layers.0.mlp.switch_mlp.gate_proj.weight" in tensors else "each"
 
 
-def _quantized_parts(
-    folder: Path, module: str, shape: tuple[int, ...], quantization: MlxQuantization
-) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+def _quantized_parts(folder: Path, module: str, shape: tuple[int, ...], quantization: MlxQuantization) -> Iterator[_Wanted]:
     *rows, columns = shape
     if len(shape) < 2 or columns % quantization.group:
         raise BadFile(f"{folder}: {module} of shape {list(shape)} cannot be quantized in groups of {quantization.group}.", hint=_HINT)
@@ -209,6 +216,22 @@ def _quantized_parts(
     yield f"{module}.scales", (*rows, columns // quantization.group), _FLOATS if affine else ("U8",)
     if affine:
         yield f"{module}.biases", (*rows, columns // quantization.group), _FLOATS
+
+
+def _packed_parts(folder: Path, module: str, shape: tuple[int, ...], packed: PackedQuantization, there: Container[str]) -> Iterator[_Wanted]:
+    words = 32 // packed.bits
+    if len(shape) != 2 or shape[1] % packed.group or shape[0] % words:
+        raise BadFile(f"{folder}: {module} of shape {list(shape)} cannot be packed as {packed}.", hint=_HINT)
+    rows, columns = shape
+    groups = columns // packed.group
+    yield f"{module}.qweight", (columns // words, rows) if packed.method == "gptq" else (columns, rows // words), ("I32",)
+    yield f"{module}.qzeros", (groups, rows // words), ("I32",)
+    yield f"{module}.scales", (groups, rows), ("F16",)
+    if packed.method == "gptq" and (f"{module}.g_idx" in there or not packed.ordered):
+        yield f"{module}.g_idx", (columns,), ("I32",)
+    if f"{module}.bias" in there and not module.endswith((".q_proj", ".k_proj", ".v_proj")):
+        # AutoGPTQ gives every matrix a bias; those that the model does not have are zero.
+        yield f"{module}.bias", (rows,), _FLOATS
 
 
 def _check(folder: Path, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], tensors: Mapping[str, Located]) -> None:

@@ -1,7 +1,7 @@
 """A config.json, read as what a stranger claims: every field that is used has its type and range checked, the rest is ignored.
 
 Field names and defaults: transformers' Qwen2Config and Qwen2MoeConfig (4.x `rope_theta` and `rope_scaling`, 5.x `rope_parameters`),
-and the `quantization` block of mlx-lm.
+the `quantization` block of mlx-lm, and the `quantization_config` of AutoGPTQ and AutoAWQ.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.strict_json import read_object
@@ -21,6 +21,12 @@ MAX_CONFIG = 4_000_000
 _ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 _YARN_USUAL = {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 """Values that YaRN has in every Qwen2; the backends compute no others."""
+_PACKED_BITS = {"gptq": (4, 8), "awq": (4,)}
+_PACKED_USUAL: dict[str, dict[str, object]] = {
+    "gptq": {"sym": True, "checkpoint_format": "gptq", "is_marlin_format": False, "dynamic": {}},
+    "awq": {"version": "gemm", "zero_point": True},
+}
+"""Settings of `quantization_config` that decide what the tensors mean, and the values that Qwen2's own have. The others do not."""
 _MLX_MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 
@@ -53,10 +59,28 @@ class MlxQuantization:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedQuantization:
+    """How GPTQ or AWQ keeps the matrices that it has quantized: `bits` a weight, a scale and a zero for each `group` of a row.
+
+    ordered: is each group known to hold neighbouring columns (no act-order)? If not, the tensors g_idx tell.
+    """
+
+    method: Literal["gptq", "awq"]
+    bits: int
+    group: int
+    ordered: bool = True
+
+    def __str__(self) -> str:
+        """For people: "GPTQ, 4-bit, groups of 128"."""
+        return f"{self.method.upper()}, {self.bits}-bit, groups of {self.group}"
+
+
+@dataclass(frozen=True, slots=True)
 class Qwen2Config:
     """The shape of a Qwen2. `context`: tokens it was made for, YaRN included. `eos`: ids that end a reply, from config.json.
 
     quantization: MLX's default for all matrices, None where nothing is quantized; quantized: exceptions by the matrix's path, None = plain.
+    packed: that of GPTQ or AWQ, for those matrices whose tensors say so.
     """
 
     model_type: str
@@ -76,6 +100,7 @@ class Qwen2Config:
     moe: Moe | None = None
     quantization: MlxQuantization | None = None
     quantized: Mapping[str, MlxQuantization | None] = field(default_factory=dict)
+    packed: PackedQuantization | None = None
 
     @property
     def head_dim(self) -> int:
@@ -112,7 +137,8 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> Qwen2Config:
     layers = fields.count("num_hidden_layers", 1 << 10)
     declared = fields.count("max_position_embeddings", 1 << 24, default=32768)
     theta, yarn = _rope(fields, declared)
-    quantization, quantized = _quantization(fields)
+    packed = _packed(fields)
+    quantization, quantized = _quantization(fields) if packed is None else (None, {})
     return Qwen2Config(
         model_type=model_type,
         vocabulary=fields.count("vocab_size", 1 << 20),
@@ -131,6 +157,7 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> Qwen2Config:
         moe=_moe(fields, layers) if model_type == "qwen2_moe" else None,
         quantization=quantization,
         quantized=quantized,
+        packed=packed,
     )
 
 
@@ -146,10 +173,6 @@ def _refuse_foreign(fields: _Fields, model_type: str) -> None:
         raise _unsupported(path, "has another activation than silu (hidden_act)", "No Qwen2 has that.")
     if fields.flag("use_sliding_window", default=False):
         raise _unsupported(path, "uses a sliding window (use_sliding_window)", "No published Qwen2 does.")
-    foreign = fields.raw.get("quantization_config")
-    if isinstance(foreign, dict) and "quant_method" in foreign:
-        method = str(foreign["quant_method"])[:40]
-        raise _unsupported(path, f"is quantized by {method}", "Take the plain checkpoint, a GGUF file or an MLX folder of the same model.")
 
 
 def _rope(fields: _Fields, declared: int) -> tuple[float, Yarn | None]:
@@ -185,6 +208,26 @@ def _moe(fields: _Fields, layers: int) -> Moe:
         shared_size=fields.count("shared_expert_intermediate_size", 1 << 20),
         normalize=fields.flag("norm_topk_prob", default=False),
     )
+
+
+def _packed(fields: _Fields) -> PackedQuantization | None:
+    block = fields.table("quantization_config")
+    if block is None or "quant_method" not in block.raw:
+        return None
+    method = block.text("quant_method")
+    hint = "Take the plain checkpoint, a GGUF file or an MLX folder of the same model."
+    if method not in ("gptq", "awq") or fields.raw.get("quantization") is not None:
+        raise _unsupported(fields.path, f"is quantized by {method[:40]}", hint)
+    for name, usual in _PACKED_USUAL[method].items():
+        value = block.raw.get(name)
+        if (value.lower() if isinstance(value, str) else value) not in (None, usual):
+            raise _unsupported(fields.path, f"is quantized by {method} in a way that is not known here ({name}: {str(value)[:40]})", hint)
+    bits = block.count("bits", 8)
+    if bits not in _PACKED_BITS[method]:
+        raise _unsupported(fields.path, f"is quantized by {method} to {bits} bits", hint)
+    if block.raw.get("group_size") == -1 or (group := block.count("group_size", 1 << 16)) % 32:
+        raise _unsupported(fields.path, f"is quantized by {method} in groups that are no multiple of 32 (group_size)", hint)
+    return PackedQuantization("gptq" if method == "gptq" else "awq", bits, group, not block.flag("desc_act", default=False))
 
 
 def _quantization(fields: _Fields) -> tuple[MlxQuantization | None, dict[str, MlxQuantization | None]]:

@@ -56,6 +56,11 @@ LIES = {
     "quantization is text": ("quantization", "4bit"),
     "quantization of 7 bits": ("quantization", {"bits": 7, "group_size": 64}),
     "quantization in groups of 63": ("quantization", {"bits": 4, "group_size": 63}),
+    "GPTQ of 0 bits": ("quantization_config", {"quant_method": "gptq", "bits": 0, "group_size": 128}),
+    "GPTQ without groups": ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+    "GPTQ in groups of a million": ("quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": 1 << 20}),
+    "GPTQ that is text": ("quantization_config", {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": "false"}),
+    "a quantization without a name": ("quantization_config", {"quant_method": ["gptq"], "bits": 4, "group_size": 128}),
     "quantization of an unknown mode": ("quantization", {"bits": 4, "group_size": 64, "mode": "exec"}),
     "an exception of 0 bits": ("quantization", {"bits": 4, "group_size": 64, "lm_head": {"bits": 0}}),
 }
@@ -244,7 +249,7 @@ TENSOR_FAULTS = {
     "vocabulary": ({"model.embed_tokens.weight": ("BF16", (301, 64))}, "embed_tokens"),
     "integers": ({"model.norm.weight": ("I32", (64,))}, "is I32"),
     "a head of another shape": ({"lm_head.weight": ("BF16", (300, 32))}, "lm_head"),
-    "GPTQ": ({"model.layers.0.mlp.up_proj.weight": None, "model.layers.0.mlp.up_proj.qweight": ("I32", (8, 128))}, "is missing"),
+    "GPTQ": ({"model.layers.0.mlp.up_proj.weight": None, "model.layers.0.mlp.up_proj.qweight": ("I32", (8, 128))}, "is quantized, but"),
     "scales without a config": ({"model.layers.0.mlp.up_proj.scales": ("BF16", (128, 1))}, "is quantized, but"),
 }
 
@@ -255,6 +260,35 @@ def test_faults_of_tensors_are_named(tmp_path, name):
     made = {key: value for key, value in (tensors() | changes).items() if value}
     with pytest.raises(BadFile, match=message):
         open_checkpoint(write_checkpoint(tmp_path, CONFIG, made))
+
+
+UP = "model.layers.0.mlp.up_proj"
+PACKED = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+UP_PACKED = {f"{UP}.qweight": ("I32", (8, 128)), f"{UP}.qzeros": ("I32", (2, 16)), f"{UP}.scales": ("F16", (2, 128)), f"{UP}.g_idx": ("I32", (64,))}
+PACKED_FAULTS = {
+    "no zeros": ({}, {f"{UP}.qzeros": None}, "qzeros' is missing"),
+    "8 bits": ({"bits": 8}, {}, r"qweight' has the shape \[8, 128\], config.json demands \[16, 128\]"),
+    "larger groups": ({"group_size": 64}, {}, "qzeros' has the shape"),
+    "groups that do not divide": ({"group_size": 96}, {}, "cannot be packed as GPTQ"),
+    "AWQ": ({"quant_method": "awq"}, {}, r"demands \[64, 16\]"),
+    "scales in bfloat16": ({}, {f"{UP}.scales": ("BF16", (2, 128))}, "is BF16"),
+    "reordered, and not told how": ({"desc_act": True}, {f"{UP}.g_idx": None}, "g_idx' is missing"),
+    "the order of another matrix": ({}, {f"{UP}.g_idx": ("I32", (128,))}, "g_idx"),
+    "the matrix itself beside": ({}, {f"{UP}.weight": ("F16", (128, 64))}, "does not belong"),
+    "a bias of another shape": ({}, {f"{UP}.bias": ("F16", (64,))}, "bias' has the shape"),
+    "a packed norm": ({}, {"model.norm.qweight": ("I32", (8, 1))}, "cannot be packed"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED_FAULTS)
+def test_faults_of_packed_tensors_are_named(tmp_path, name):
+    plain = {key: value for key, value in tensors().items() if key != f"{UP}.weight"}
+    sound = CONFIG | {"quantization_config": PACKED}
+    open_checkpoint(write_checkpoint(tmp_path / "sound", sound, plain | UP_PACKED))
+    settings, changes, message = PACKED_FAULTS[name]
+    made = {key: value for key, value in (plain | UP_PACKED | changes).items() if value}
+    with pytest.raises(BadFile, match=message):
+        open_checkpoint(write_checkpoint(tmp_path / "hostile", sound | {"quantization_config": PACKED | settings}, made))
 
 
 def test_a_config_that_demands_millions_of_tensors_is_refused_at_once(tmp_path):

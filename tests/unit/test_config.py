@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 
 from qwen2_local.errors import UnsupportedModel
-from qwen2_local.formats.config import MlxQuantization, Yarn, parse_config, read_config
+from qwen2_local.formats.config import MlxQuantization, PackedQuantization, Yarn, parse_config, read_config
 from tests.support.checkpoints import CONFIG, MOE_CONFIG
 
 PATH = Path("config.json")
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "true_sequential": True, "dataset": None}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True, "modules_to_not_convert": None}
 
 
 def parse(**changes):
@@ -71,6 +73,13 @@ def test_mlx_quantization_with_exceptions():
     assert parse(quantization_config={"group_size": 32, "bits": 4, "mode": "mxfp4"}).quantization == MlxQuantization(4, 32, "mxfp4")
 
 
+def test_gptq_and_awq():
+    assert parse(quantization_config=GPTQ).packed == PackedQuantization("gptq", 4, 128)
+    assert parse(quantization_config=GPTQ | {"bits": 8, "desc_act": True}).packed == PackedQuantization("gptq", 8, 128, ordered=False)
+    assert parse(quantization_config=AWQ | {"version": "GEMM"}).packed == PackedQuantization("awq", 4, 128)
+    assert parse(quantization_config=AWQ).quantization is None
+
+
 def test_a_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIG))
@@ -93,7 +102,15 @@ def test_relatives_pass_by_their_architecture(family):
         ({"model_file": "evil.py"}, "code of its own"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "sliding window"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized by gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}, "quantized by bitsandbytes"),
+        ({"quantization_config": GPTQ | {"sym": False}}, "quantized by gptq .*sym"),
+        ({"quantization_config": GPTQ | {"checkpoint_format": "gptq_v2"}}, "checkpoint_format"),
+        ({"quantization_config": GPTQ | {"dynamic": {"-:mlp": {}}}}, "dynamic"),
+        ({"quantization_config": GPTQ | {"bits": 3}}, "by gptq to 3 bits"),
+        ({"quantization_config": GPTQ | {"group_size": -1}}, "group_size"),
+        ({"quantization_config": GPTQ | {"group_size": 40}}, "group_size"),
+        ({"quantization_config": AWQ | {"version": "gemv"}}, "version: gemv"),
+        ({"quantization_config": AWQ | {"bits": 8}}, "by awq to 8 bits"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
         ({"rope_scaling": {"type": "mrope"}}, "mrope"),
         ({"head_dim": 32}, "head_dim"),
