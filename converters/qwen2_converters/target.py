@@ -60,6 +60,12 @@ class Target:
         return int(match["kind"].removesuffix("bit").split("_")[-1 if match[2] else 1]) if match else None
 
     @property
+    def more_bits(self) -> int | None:
+        """Of a mixed recipe, the bits of what it gives more to; None for all else."""
+        match = _QUANTIZED.fullmatch(self.weights) if self.format == "mlx" else None
+        return int(match["kind"][-1]) if match and not match[2] else None
+
+    @property
     def group(self) -> int:
         """Weights that share a scale in MLX's quantization."""
         match = _QUANTIZED.fullmatch(self.weights)
