@@ -5,7 +5,6 @@ Names and types as llama.cpp's convert_hf_to_gguf.py writes them (gguf-py's cons
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from qwen2_converters.mix import FILE_TYPES
 from qwen2_converters.target import Target
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint, member, parameters
+from qwen2_local.formats.model_card import read_card
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config
 from qwen2_local.vocabulary import Vocabulary, read_tokenizer_json
@@ -76,13 +76,8 @@ def optional_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
 
 def licence(checkpoint: Checkpoint) -> dict[str, str]:
     """The keys general.license, .name and .link, as far as the head of README.md, where Hugging Face keeps them, has them."""
-    path = member(checkpoint.folder, "README.md")
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", errors="replace") as file:
-        head = re.match(r"\ufeff?---\n(.*?)\n---", file.read(_MAX_TEXT), re.DOTALL)
-    found = dict(re.findall(r"^(license|license_name|license_link):\s*[\"']?([^\"'\n]{1,200}?)[\"']?\s*$", head[1], re.MULTILINE)) if head else {}
-    return {f"general.{key.replace('_', '.')}": found[key] for key in ("license", "license_name", "license_link") if key in found}
+    found = read_card(member(checkpoint.folder, "README.md"))
+    return {f"general.{name.replace('_', '.')}": value for name, value in found.items()}
 
 
 def _sampling(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:

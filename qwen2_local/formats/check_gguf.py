@@ -21,13 +21,13 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 1000
 _MAX_TENSORS = 65_536
 
-# LLAMA_FTYPE_* of llama.h.
-_FILE_TYPES = {
+FILE_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L",
     14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS",
     23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
-    36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+    36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+"""Names of general.file_type: LLAMA_FTYPE_* of llama.h."""
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 _MAX_EXPERTS = 256  # LLAMA_MAX_EXPERTS of older builds; it is 1024 now, and Qwen2 has 64 at most
@@ -281,8 +281,8 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _quantization(header: GgufHeader, tensors: Mapping[str, GgufTensor]) -> str:
     number = header.keys.get("general.file_type")
-    if isinstance(number, int) and number in _FILE_TYPES:
-        return _FILE_TYPES[number]
+    if isinstance(number, int) and number in FILE_TYPES:
+        return FILE_TYPES[number]
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         sizes[tensor.type.name] = sizes.get(tensor.type.name, 0) + tensor.nbytes
