@@ -24,7 +24,10 @@ def widen(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
 
 
 def narrow(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
-    """The bits (uint32 for F32, else uint16) of `values` in `dtype`, rounded to nearest, ties to even; too large ones become infinite."""
+    """The bits (uint32 for F32, else uint16) of `values` in `dtype`, rounded to nearest, ties to even; too large ones become infinite.
+
+    NaN stays one.
+    """
     match dtype:
         case "F32":
             return values.view(np.uint32)
@@ -33,7 +36,9 @@ def narrow(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
                 return values.astype(np.float16).view(np.uint16)
         case _:
             bits = values.view(np.uint32)
-            return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            made = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            made[np.isnan(values)] = 0x7FC0  # rounding up, some would become numbers
+            return made
 
 
 def finite(bits: npt.NDArray[Any], dtype: str) -> bool:
