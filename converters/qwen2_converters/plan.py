@@ -12,6 +12,7 @@ from dataclasses import replace
 from qwen2_converters.companions import companions
 from qwen2_converters.plan_gguf import planned_gguf
 from qwen2_converters.plan_mlx import planned_mlx
+from qwen2_converters.plan_packed import check_packed_target, planned_packed
 from qwen2_converters.planned import Plan, PlannedTensor, Rows
 from qwen2_converters.target import Target
 from qwen2_local.catalog import SIZES
@@ -40,6 +41,10 @@ def make_plan(checkpoint: Checkpoint, target: Target, *, imatrix: bool = False, 
         raise UnsupportedModel(f"{checkpoint.folder} has norm_topk_prob, which llama.cpp does not compute for qwen2moe.", hint="Convert it for MLX.")
     if target.format == "mlx" and (imatrix or pad_ffn or yarn):
         raise UsageError("An importance matrix, a padded FFN and YaRN are for GGUF files only.", hint=f"Leave the option out for {target}.")
+    if source.packed:
+        check_packed_target(checkpoint, source.packed, target)
+        if imatrix or pad_ffn:
+            raise UsageError("An importance matrix and a padded FFN are for weights that are still to be quantized.", hint="Leave the option out.")
     config = _padded(source) if pad_ffn else source
     config = _stretched(config) if yarn else config
     tensors = tuple(_planned(checkpoint, name, shape, target, config, imatrix) for name, shape in _wanted(config, target))
@@ -83,6 +88,8 @@ def _wanted(config: Qwen2Config, target: Target) -> Iterator[tuple[str, tuple[in
 
 def _planned(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], target: Target, config: Qwen2Config, imatrix: bool) -> PlannedTensor:
     rows = _rows(checkpoint, name, shape)
+    if config.packed:
+        return planned_packed(checkpoint, config.packed, name, shape, rows, target, config)
     if target.format == "gguf":
         return planned_gguf(name, shape, rows, target, config, imatrix=imatrix)
     return planned_mlx(name, shape, rows, target, config)
