@@ -51,6 +51,32 @@ def quantize(weights: npt.NDArray[np.float32], columns: int, kind: GgmlType) -> 
     return packed
 
 
+def dequantize(packed: Bytes, kind: GgmlType) -> npt.NDArray[np.float32]:
+    """The weights in whole blocks of `kind`, as llama.cpp reads them. Raises BackendUnavailable if the library does not know the type."""
+    if kind.name == "F32":
+        return packed.view(np.float32)
+    traits = _library().ggml_get_type_traits(kind.number).contents
+    if (traits.block, traits.block_bytes) != (kind.block, kind.block_bytes) or not traits.to_float:
+        raise BackendUnavailable(f"This version of llama.cpp does not read {kind.name}.", hint="Install the one qwen2-local asks for.")
+    weights = np.empty(packed.size // kind.block_bytes * kind.block, np.float32)
+    traits.to_float(packed.ctypes.data, weights.ctypes.data, weights.size)
+    return weights
+
+
+class _Traits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
 @functools.cache
 def _library() -> Any:
     # It brings OpenMP, which reads its settings from the environment once: llamalib has to load it first, with those that it wants.
@@ -63,6 +89,7 @@ def _library() -> Any:
         "ggml_quantize_chunk": (ctypes.c_size_t, [number, pointer, pointer, whole, whole, whole, pointer]),
         "ggml_bf16_to_fp32_row": (None, [pointer, pointer, whole]),
         "ggml_fp16_to_fp32_row": (None, [pointer, pointer, whole]),
+        "ggml_get_type_traits": (ctypes.POINTER(_Traits), [number]),
     }
     try:
         lib = ctypes.CDLL(str(path))
