@@ -4,8 +4,10 @@ Unfinished work lies beside what it is to become, locked by its maker, under a n
 
     .qwen2-0123456789abcdef        what is being made, or deleted
     .qwen2-old-0123456789abcdef    holds a folder while another takes its place
+    .qwen2-partial-NAME            what is being made of NAME, and kept to go on with after a crash
 
-`sweep` deletes the first kind and puts back what the second holds, once nobody holds them any more. So it may be used in any folder.
+`sweep` deletes the first kind and puts back what the second holds, once nobody holds them any more; the third kind when it is a week old. So
+it may be used in any folder.
 """
 
 from __future__ import annotations
@@ -17,17 +19,25 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from qwen2_local.errors import BadFile, DoesNotFit, UsageError
 
 _UNFINISHED = ".qwen2-"
 _REPLACED = ".qwen2-old-"
+_PARTIAL = ".qwen2-partial-"
 _LEFTOVER = re.compile(r"\.qwen2-(old-)?[0-9a-f]{16}")
+_OURS = re.compile(rf"{_LEFTOVER.pattern}|{re.escape(_PARTIAL)}.")
+_PARTIAL_LOCK = "lock"
+_KEEP_PARTIAL_S = 7 * 86400.0
+_LONGEST_NAME = 200
+_COPY = 1 << 20
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _LOCK_PAUSE = 0.05
 _TELL_AGAIN = 1.0
@@ -102,7 +112,7 @@ def disk_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(path, needed, free_bytes(path)) from error
-        if _LEFTOVER.search(str(error.filename)):
+        if _OURS.search(str(error.filename)):
             error.filename = str(path)
         raise
 
@@ -117,8 +127,10 @@ def _disk_full(path: Path, needed: int | None, free: int) -> DoesNotFit:
 
 
 @contextmanager
-def lock(path: Path, *, what: str = "", wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+def lock(path: Path, *, what: str = "", wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[int]:
     """Holds the lock file `path` for the block: one process, one thread at a time. The file stays. `what` it guards is for the message.
+
+    Gives the file's handle.
 
     Waits up to `wait_s` seconds, and tells `on_wait` every second who holds it ("process 123"); then raises UsageError that names the holder.
     The system lets go of the lock when its process ends, however it ends.
@@ -137,7 +149,7 @@ def lock(path: Path, *, what: str = "", wait_s: float = 0.0, on_wait: Callable[[
             time.sleep(_LOCK_PAUSE)
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
@@ -173,7 +185,29 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     raw = data.encode() if isinstance(data, str) else data
     with staging_file(path, overwrite=True, needed=len(raw)) as temporary:
-        temporary.write_bytes(raw)
+        write_file(temporary, raw)
+
+
+def write_file(path: Path, data: bytes | str | BinaryIO) -> None:
+    """Writes `path`, mode 0600 if it is new, over what is there. For folders that are published later: a reader or a crash may see a part."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        if isinstance(data, (bytes, str)):
+            write_all(handle, data.encode() if isinstance(data, str) else data)
+        else:
+            while chunk := data.read(_COPY):
+                write_all(handle, chunk)
+    finally:
+        os.close(handle)
+
+
+def write_all(handle: int, data: bytes | memoryview, offset: int | None = None) -> None:
+    """Writes all of `data`, at its place in the file or from `offset` on. The system may take a part at a time."""
+    view = memoryview(data)
+    while view:
+        count = os.write(handle, view) if offset is None else os.pwrite(handle, view, offset)
+        view = view[count:]
+        offset = None if offset is None else offset + count
 
 
 @contextmanager
@@ -190,11 +224,7 @@ def staging_file(final: Path, *, overwrite: bool = False, needed: int | None = N
         try:
             yield temporary
             os.fsync(handle)
-            if overwrite:
-                temporary.replace(final)
-            else:
-                _publish_file(temporary, final)
-            _sync_folder(final.parent)
+            publish(temporary, final, overwrite=overwrite)
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -213,17 +243,71 @@ def staging(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         folder, handle = _claim(final.parent)
         try:
             yield folder
-            for file in folder.rglob("*"):
-                _sync(file)
-            _sync(folder)
-            with _set_aside(final) if overwrite else nullcontext():
-                _publish(folder, final)
-            _sync_folder(final.parent)
+            sync_tree(folder)
+            publish(folder, final, overwrite=overwrite)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             os.close(handle)
+
+
+@contextmanager
+def partial(final: Path) -> Iterator[Path]:
+    """A folder, mode 0700, to make `final` in, which is the same after a crash. Nobody else gets it during the block.
+
+    It stays until `remove_folder`, or until it is forgotten for a week. Raises UsageError that names who holds it; OSError.
+    """
+    folder = partial_of(final)
+    with disk_errors(final), ExitStack() as stack:
+        while True:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            state = folder.lstat()
+            if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+                raise UsageError(f"{folder} is in the way: it is not a folder of yours.", hint="Delete it, or choose another place.")
+            # Its last holder may delete it before letting go of the lock.
+            with suppress(FileNotFoundError):
+                handle = stack.enter_context(lock(folder / _PARTIAL_LOCK, what=str(final)))
+                if os.path.samestat(os.fstat(handle), (folder / _PARTIAL_LOCK).stat()):
+                    break
+            stack.close()
+        yield folder
+
+
+def partial_of(final: Path) -> Path:
+    """Where `partial` makes `final`, whether it is there or not."""
+    name = final.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return final.parent / f"{_PARTIAL}{name}"
+
+
+def used_bytes(folder: Path) -> int:
+    """Bytes of disk that the files in `folder` take up; of sparse ones only what is written. 0 if it is not there."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def publish(made: Path, final: Path, *, overwrite: bool) -> None:
+    """Moves a file or folder, whose content is on the disk, to its name in the same file system.
+
+    Raises UsageError if there is something, unless `overwrite`. A file may then still have its old name, too.
+    """
+    if made.is_dir():
+        with _set_aside(final) if overwrite else nullcontext():
+            _publish(made, final)
+    elif overwrite:
+        made.replace(final)
+    else:
+        _publish_file(made, final)
+    _sync_folder(final.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns when all below `folder`, and its own entry, will survive a crash."""
+    for path in folder.rglob("*"):
+        (_sync_folder if path.is_dir() else _sync)(path)
+    _sync_folder(folder)
+    _sync_folder(folder.parent)
 
 
 def refuse_existing(final: Path) -> None:
@@ -285,6 +369,8 @@ def remove_folder(folder: Path) -> None:
 def sweep(parent: Path) -> int:
     """Deletes the unfinished files and folders in `parent` whose makers are gone, and puts back what they had replaced; how many.
 
+    What `partial` keeps is deleted when nobody has touched it for a week.
+
     Touches nothing else. Never raises OSError.
     """
     swept = 0
@@ -293,7 +379,24 @@ def sweep(parent: Path) -> int:
             if _LEFTOVER.fullmatch(leftover.name):
                 with suppress(OSError):
                     swept += _sweep(leftover)
+            elif leftover.name.startswith(_PARTIAL):
+                with suppress(OSError):
+                    swept += _sweep_partial(leftover)
     return swept
+
+
+def _sweep_partial(folder: Path) -> bool:
+    touched = max(path.lstat().st_mtime for path in [folder, *folder.iterdir()])
+    if time.time() - touched < _KEEP_PARTIAL_S:
+        return False
+    handle = os.open(folder / _PARTIAL_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if not _try_lock(handle):
+            return False
+        remove_folder(folder)
+        return True
+    finally:
+        os.close(handle)
 
 
 def _sweep(leftover: Path) -> bool:

@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 from qwen2_local import files
 from qwen2_local.errors import BadFile, UnsupportedModel
@@ -16,8 +16,8 @@ from qwen2_local.formats.strict_json import read_object
 SCHEMA = 1
 """The version of the manifest that this program writes."""
 
-Format = Literal["gguf", "mlx"]
-"""How an installed model's weights are kept."""
+Format = Literal["gguf", "mlx", "hf"]
+"""How an installed model's weights are kept; "hf" is the original checkpoint, which is converted on its first use."""
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,8 @@ class ManifestFile:
 class Manifest:
     """What an installed model is. source: hub id or path it came from; revision: the hub's commit, or "". context: tokens.
 
-    quantization: "Q4_K_M", "4-bit", "bf16" … licence: id. created: ISO 8601, UTC.
+    quantization: "Q4_K_M", "4-bit", "bf16" … licence: id. created: ISO 8601, UTC. source_hash: one hash of the files it was made from, as
+    the hub told them; "" where that is not known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Manifest:
     context: int
     created: str
     schema: int = SCHEMA
+    source_hash: str = ""
 
     @property
     def size(self) -> int:
@@ -73,15 +75,16 @@ class Manifest:
             raise _bad(path, "files", "it is empty")
         files.refuse_clashes((file.name for file in listed), str(path))
         kind = _field(raw, "format", str, path)
-        if kind not in ("gguf", "mlx"):
-            raise _bad(path, "format", f"{kind[:40]!r} is neither gguf nor mlx")
+        if kind not in ("gguf", "mlx", "hf"):
+            raise _bad(path, "format", f"{kind[:40]!r} is none of gguf, mlx and hf")
         if kind == "gguf" and not any(file.name.endswith(".gguf") for file in listed):
             raise _bad(path, "files", "there is no GGUF file among them")
         context = _field(raw, "context", int, path)
         if not 1 <= context <= 1 << 24:
             raise _bad(path, "context", f"{context} is no number of tokens")
+        source_hash = _field(raw, "source_hash", str, path) if "source_hash" in raw else ""
         texts = {name: _field(raw, name, str, path) for name in ("name", "source", "revision", "architecture", "quantization", "licence", "created")}
-        return cls(files=listed, format="gguf" if kind == "gguf" else "mlx", context=context, schema=schema, **texts)
+        return cls(files=listed, format=cast(Format, kind), context=context, schema=schema, source_hash=source_hash, **texts)
 
 
 def list_files(folder: Path) -> tuple[ManifestFile, ...]:

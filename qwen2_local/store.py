@@ -25,6 +25,7 @@ from qwen2_local.formats.magic import not_a, open_regular
 from qwen2_local.manifest import Manifest
 
 _MANIFEST = "manifest.json"
+_FETCHED = "fetched"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
 
 
@@ -96,15 +97,60 @@ class Store:
         Raises UsageError for an impossible or taken name, while another process makes it, and where the store cannot be written;
         DoesNotFit on a full disk.
         """
-        folder = self._folder(name)
-        self._require_writable()
-        with files.lock(folder.with_name(f".{folder.name}.lock"), what=name), files.staging(folder) as building:
+        with self.reserve(name) as folder, files.staging(folder) as building:
             draft = Draft(building)
             yield draft
             if draft.manifest is None or draft.manifest.name != name:
                 raise ValueError(f"the draft of {name} has no manifest of that name")
-            files.write_atomic(building / _MANIFEST, draft.manifest.dump())
-            Manifest.read(building / _MANIFEST)
+            self.seal(building, draft.manifest)
+
+    @contextmanager
+    def reserve(self, name: str) -> Iterator[Path]:
+        """The folder that will be the model `name`, for whoever makes it himself: nobody else makes it during the block. Raises as `add` does."""
+        folder = self._folder(name)
+        self._require_writable()
+        with files.lock(folder.with_name(f".{folder.name}.lock"), what=name):
+            yield folder
+
+    @staticmethod
+    def seal(folder: Path, manifest: Manifest) -> None:
+        """Makes `folder`, still under another name, a model: the manifest is its last file."""
+        files.write_atomic(folder / _MANIFEST, manifest.dump())
+        Manifest.read(folder / _MANIFEST)
+
+    @staticmethod
+    def unseal(folder: Path) -> None:
+        """Takes the manifest away that an earlier run has written."""
+        (folder / _MANIFEST).unlink(missing_ok=True)
+
+    @contextmanager
+    def resume(self, name: str, *, replace: bool = False) -> Iterator[Draft]:
+        """Like `add`, but what lies in the draft's folder stays when the block or the process fails, and is there the next time.
+
+        A block that ends well without a manifest has no more use for it: then it goes. replace: take the place of the model `name`, if there
+        is one, at the very end. Raises as `add` does.
+        """
+        folder = self._folder(name)
+        self._require_writable()
+        if not replace:
+            files.refuse_existing(folder)
+        with files.disk_errors(folder), files.partial(folder) as kept:
+            made = kept / _FETCHED
+            made.mkdir(mode=0o700, exist_ok=True)
+            draft = Draft(made)
+            yield draft
+            if draft.manifest is not None:
+                if draft.manifest.name != name:
+                    raise ValueError(f"the draft of {name} has the manifest of {draft.manifest.name}")
+                files.write_atomic(made / _MANIFEST, draft.manifest.dump())
+                Manifest.read(made / _MANIFEST)
+                files.sync_tree(made)
+                files.publish(made, folder, overwrite=replace)
+            files.remove_folder(kept)
+
+    def unfinished(self, name: str) -> Path:
+        """Where `resume` keeps what there is of `name` so far; perhaps not there."""
+        return files.partial_of(self._folder(name)) / _FETCHED
 
     def _folder(self, name: str) -> Path:
         if not _NAME.fullmatch(name) or len(name) > 100:

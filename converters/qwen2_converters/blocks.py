@@ -1,100 +1,310 @@
-"""Moves weights from the checkpoint to the output, a block of rows at a time.
+"""Moves weights from the checkpoint to the outputs, a block of rows at a time: read once, encoded for each output.
 
-Every block knows where it comes from and where it goes before anything is read, so blocks may be done in any order, and memory is
-bounded by their size and the number of threads, however large a tensor is.
+Every block knows where it comes from and where it goes before anything is read, so blocks may be done in any order, and memory is bounded
+by their size and the number of threads, however large a tensor is. They are done shard by shard: a shard that has been read is not needed again.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen2_converters.planned import Plan, PlannedTensor
+from qwen2_converters.arriving import Arrivals
+from qwen2_converters.planned import Plan, PlannedTensor, Rows
 from qwen2_local.errors import BadFile
-from qwen2_local.formats.checkpoint import Checkpoint
+from qwen2_local.files import write_all
+from qwen2_local.formats.checkpoint import Checkpoint, Located
 
 Buffer: TypeAlias = "npt.NDArray[np.uint8]"
-Advance: TypeAlias = Callable[[str, int], None]
-"""Called on the calling thread after each block: the tensor's name, and the bytes written."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some whole rows of one tensor. first, rows: in the output. file, dtype, begin, nbytes: where they lie in the checkpoint."""
+    """Some whole rows of one tensor, from row `first` of the output on. file, dtype: where they come from and what they are, F32 after a merge."""
 
     tensor: PlannedTensor
     first: int
     rows: int
     file: Path
     dtype: str
-    begin: int
-    nbytes: int
+
+
+Encode: TypeAlias = Callable[[Block, Buffer], list[Buffer]]
+"""From a block and its bytes in the checkpoint, which it must not change, to its bytes in each part of the output. Raises BadFile.
+
+Called from many threads at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A file of tensors in an output. name: in the output's folder. header: its first bytes. offsets: of each part. size: in bytes, of all."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """How to write one output. weights: how many a block may have; one row at least.
+
+    finish: writes what lies beside the weights into the folder, over what is there. Called when all tensors are in their places.
+    """
+
+    plan: Plan
+    files: tuple[WeightFile, ...]
+    encode: Encode
+    weights: int
+    finish: Callable[[Path], None]
+
+
+class Delta(Protocol):
+    """Something to add to the weights while they are converted: a LoRA adapter to merge."""
+
+    @property
+    def identity(self) -> str:
+        """Says which values are added. A conversion is only resumed with the same."""
+
+    def add(self, source_name: str, first_row: int, weights: npt.NDArray[np.float32]) -> None:
+        """Adds in place to `weights` [rows, columns], the rows of the checkpoint's tensor `source_name` from `first_row` on. From any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part of the output lies: an open file, and the offset in it in bytes."""
+    """Where a part of an output lies: an open file, and the offset in it in bytes."""
 
     handle: int
     offset: int
 
 
-Encode: TypeAlias = Callable[[Block, Buffer], list[Buffer]]
-"""From a block and its bytes in the checkpoint to its bytes in each part of the output. Raises BadFile."""
+class Ledger(Protocol):
+    """Remembers which pieces of an output are written. A piece is one `Rows` of the plan; they are counted in its order."""
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """Those that an earlier run has finished."""
+
+    def note(self, piece: int, nbytes: int) -> None:
+        """A piece is written, `nbytes` of the output."""
+
+    def sync(self) -> None:
+        """Returns when all that was noted will survive a crash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A job under way. places: of each part, by name."""
+
+    job: Job
+    places: dict[str, Place]
+    ledger: Ledger
+
+
+Advance: TypeAlias = Callable[[str, int], None]
+"""Called on the calling thread after each block, for each output: the tensor's name, and the bytes written."""
 
 
 def convert_blocks(
-    checkpoint: Checkpoint, plan: Plan, places: dict[str, Place], encode: Encode, advance: Advance, *, weights: int, threads: int
+    checkpoint: Checkpoint,
+    outputs: Sequence[Output],
+    advance: Advance,
+    *,
+    threads: int,
+    arrivals: Arrivals | None = None,
+    delta: Delta | None = None,
 ) -> None:
-    """Reads, encodes and writes all of `plan`. places: of each part, by name. weights: how many a block may have; one row at least.
+    """Reads, encodes and writes all that is not finished yet.
 
-    With one thread everything runs on the calling thread. Raises what `encode` raises, BadFile for a checkpoint that ends early, OSError.
+    Raises what `encode` raises, BadFile for a checkpoint that ends early, OSError, and what `arrivals` raises.
     """
-    with _opened({located.file for located in checkpoint.tensors.values()}) as sources:
-
-        def work(block: Block) -> None:
-            for part, data in zip(block.tensor.parts, encode(block, _read(sources[block.file], block)), strict=True):
-                place = places[part.name]
-                _write(place.handle, data, place.offset + block.first * (part.nbytes // block.tensor.row_count))
-
-        with closing(_each(work, _blocks(checkpoint, plan, weights), threads)) as done:
-            for block in done:
-                advance(block.tensor.parts[0].name, block.tensor.nbytes // block.tensor.row_count * block.rows)
-
-
-def _blocks(checkpoint: Checkpoint, plan: Plan, weights: int) -> Iterator[Block]:
-    for tensor in plan.tensors:
-        first = 0
-        step = max(1, weights // tensor.shape[-1])
-        for rows in tensor.rows:
-            located = checkpoint.tensors[rows.source]
-            width = tensor.shape[-1] * (4 if located.entry.dtype == "F32" else 2)
-            for start in range(rows.first, rows.first + rows.count, step):
-                count = min(step, rows.first + rows.count - start)
-                yield Block(tensor, first, count, located.file, located.entry.dtype, located.entry.begin + start * width, count * width)
-                first += count
+    pieces = _pieces(checkpoint, outputs)
+    if arrivals:
+        for shard in sorted({located.file for located in checkpoint.tensors.values()} - {piece.file for piece in pieces}):
+            arrivals.consumed(shard)
+    for file, group in groupby(pieces, key=lambda piece: piece.file):
+        if arrivals and file != _NOWHERE:
+            arrivals.wait(file)
+        _convert_file(list(group), advance, delta, threads)
+        if arrivals and file != _NOWHERE:
+            for output in outputs:
+                output.ledger.sync()
+            arrivals.consumed(file)
 
 
-def _each(work: Callable[[Block], None], blocks: Iterable[Block], threads: int) -> Generator[Block, None, None]:
-    """Does `work` for all blocks and gives each when it is done. Stops at the first error, after the blocks under way."""
-    if threads <= 1:
-        for block in blocks:
-            work(block)
-            yield block
-        return
+# What to read
+
+
+_NOWHERE = Path(os.devnull)
+"""Where rows of zeros come from."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What an output makes of a piece. first: its first row in `tensor`. number: among the output's pieces."""
+
+    output: Output
+    tensor: PlannedTensor
+    first: int
+    number: int
+
+    def nbytes(self, rows: int) -> int:
+        return self.tensor.nbytes // self.tensor.row_count * rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows that lie one after the other in one shard, and all that is made of them."""
+
+    rows: Rows
+    located: Located | None
+    uses: list[_Use]
+
+    @property
+    def file(self) -> Path:
+        return self.located.file if self.located else _NOWHERE
+
+    @property
+    def dtype(self) -> str:
+        return self.located.entry.dtype if self.located else "F32"
+
+    @property
+    def row_bytes(self) -> int:
+        if self.located is None:
+            return 4 * self.uses[0].tensor.shape[-1]
+        entry = self.located.entry
+        return (entry.end - entry.begin) // math.prod(entry.shape[:-1])
+
+    @property
+    def begin(self) -> int:
+        return self.located.entry.begin + self.rows.first * self.row_bytes if self.located else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Rows of a piece that are read at once. start: the first, within the piece."""
+
+    piece: _Piece
+    start: int
+    count: int
+
+
+def _pieces(checkpoint: Checkpoint, outputs: Sequence[Output]) -> list[_Piece]:
+    """All that is to be read, in the order of the shards' names and within them."""
+    found: dict[tuple[Rows, int], _Piece] = {}
+    for output in outputs:
+        number = 0
+        for tensor in output.job.plan.tensors:
+            first = 0
+            for rows in tensor.rows:
+                if number not in output.ledger.finished:
+                    key = rows, 0 if rows.source else tensor.shape[-1]
+                    if key not in found:
+                        found[key] = _Piece(rows, checkpoint.tensors[rows.source] if rows.source else None, [])
+                    found[key].uses.append(_Use(output, tensor, first, number))
+                first += rows.count
+                number += 1
+    return sorted(found.values(), key=lambda piece: (piece.located is not None, piece.file, piece.begin))
+
+
+# One shard
+
+
+def _convert_file(pieces: Sequence[_Piece], advance: Advance, delta: Delta | None, threads: int) -> None:
+    weights = min(use.output.job.weights for piece in pieces for use in piece.uses)
+    left = {id(piece): piece.rows.count for piece in pieces}
+    with _opened(pieces[0].file) as handle:
+
+        def work(read: _Read) -> None:
+            dtype, raw = _merged(read, _fetch(handle, read), delta)
+            for use in read.piece.uses:
+                _encode(use, read, dtype, raw)
+
+        with closing(_each(work, _reads(pieces, weights), threads)) as done:
+            for read in done:
+                for use in read.piece.uses:
+                    advance(use.tensor.parts[0].name, use.nbytes(read.count))
+                left[id(read.piece)] -= read.count
+                if not left[id(read.piece)]:
+                    for use in read.piece.uses:
+                        use.output.ledger.note(use.number, use.nbytes(read.piece.rows.count))
+
+
+def _reads(pieces: Iterable[_Piece], weights: int) -> Iterator[_Read]:
+    for piece in pieces:
+        step = max(1, weights // piece.uses[0].tensor.shape[-1])
+        for start in range(0, piece.rows.count, step):
+            yield _Read(piece, start, min(step, piece.rows.count - start))
+
+
+def _fetch(handle: int, read: _Read) -> Buffer:
+    if read.piece.located is None:
+        return np.zeros(read.count * read.piece.row_bytes, np.uint8)
+    raw = np.empty(read.count * read.piece.row_bytes, np.uint8)
+    view = raw.data
+    begin = read.piece.begin + read.start * read.piece.row_bytes
+    done = 0
+    while done < raw.size:
+        count = os.preadv(handle, [view[done:]], begin + done)
+        if count == 0:
+            fault = f"{read.piece.file} became shorter while it was converted: it ends at byte {begin + done}."
+            raise BadFile(fault, hint="Fetch it again, and let nothing change it meanwhile.")
+        done += count
+    return raw
+
+
+def _merged(read: _Read, raw: Buffer, delta: Delta | None) -> tuple[str, Buffer]:
+    """The dtype and bytes of the rows with `delta` added to them."""
+    source = read.piece.rows.source
+    if delta is None or source is None:
+        return read.piece.dtype, raw
+    if read.piece.dtype == "BF16":
+        weights = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        weights = raw.view({"F16": np.float16, "F32": np.float32}[read.piece.dtype]).astype(np.float32)
+    weights = weights.reshape(read.count, -1)
+    delta.add(source, read.piece.rows.first + read.start, weights)
+    return "F32", weights.reshape(-1).view(np.uint8)
+
+
+def _encode(use: _Use, read: _Read, dtype: str, raw: Buffer) -> None:
+    """Writes what an output makes of the rows."""
+    tensor = use.tensor
+    first = use.first + read.start
+    block = Block(tensor, first, read.count, read.piece.file, dtype)
+    for part, data in zip(tensor.parts, use.output.job.encode(block, _widened(raw, read.count, tensor.shape[-1], dtype)), strict=True):
+        place = use.output.places[part.name]
+        write_all(place.handle, data.data, place.offset + first * (part.nbytes // tensor.row_count))
+
+
+def _widened(raw: Buffer, rows: int, columns: int, dtype: str) -> Buffer:
+    """The rows with zeros to their right, up to `columns`. All bits 0 are the number 0 in every dtype."""
+    row_bytes = columns * (4 if dtype == "F32" else 2)
+    if raw.size == rows * row_bytes:
+        return raw
+    wide = np.zeros((rows, row_bytes), np.uint8)
+    wide[:, : raw.size // rows] = raw.reshape(rows, -1)
+    return wide.reshape(-1)
+
+
+def _each(work: Callable[[_T], None], tasks: Iterable[_T], threads: int) -> Generator[_T, None, None]:
+    """Does `work` for all tasks and gives each when it is done. Stops at the first error, after those under way."""
     pool = ThreadPoolExecutor(threads, "convert")
-    running: dict[Future[None], Block] = {}
+    running: dict[Future[None], _T] = {}
     try:
-        for block in blocks:
-            running[pool.submit(work, block)] = block
+        for task in tasks:
+            running[pool.submit(work, task)] = task
             if len(running) > 2 * threads:
                 yield from _finished(running)
         while running:
@@ -103,7 +313,7 @@ def _each(work: Callable[[Block], None], blocks: Iterable[Block], threads: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def _finished(running: dict[Future[None], Block]) -> Iterator[Block]:
+def _finished(running: dict[Future[None], _T]) -> Iterator[_T]:
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         future.result()
@@ -111,30 +321,9 @@ def _finished(running: dict[Future[None], Block]) -> Iterator[Block]:
 
 
 @contextmanager
-def _opened(paths: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    with ExitStack() as stack:
-        handles = {}
-        for path in paths:
-            handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, handles[path])
-        yield handles
-
-
-def _read(handle: int, block: Block) -> Buffer:
-    raw = np.empty(block.nbytes, np.uint8)
-    view = raw.data
-    done = 0
-    while done < block.nbytes:
-        count = os.preadv(handle, [view[done:]], block.begin + done)
-        if count == 0:
-            fault = f"{block.file} became shorter while it was converted: it ends at byte {block.begin + done}."
-            raise BadFile(fault, hint="Fetch it again, and let nothing change it meanwhile.")
-        done += count
-    return raw
-
-
-def _write(handle: int, data: Buffer, offset: int) -> None:
-    view = data.data
-    done = 0
-    while done < len(view):
-        done += os.pwrite(handle, view[done:], offset + done)
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from qwen2_converters.keys import optional_json, read_vocabulary
+from qwen2_local.files import write_file
 from qwen2_local.formats.checkpoint import Checkpoint, member
 from qwen2_local.formats.magic import open_regular
 from qwen2_local.generation import GenerationDefaults, from_config
@@ -33,7 +33,7 @@ def check_companions(checkpoint: Checkpoint) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies them into `folder`. Raises BadFile for links out of `source`."""
+    """Copies them into `folder`, over those there. Raises BadFile for links out of `source`."""
     for path in companions(source):
-        with open_regular(member(source, path.name)) as file, (folder / path.name).open("xb") as copy:
-            shutil.copyfileobj(file, copy)
+        with open_regular(member(source, path.name)) as file:
+            write_file(folder / path.name, file.read())

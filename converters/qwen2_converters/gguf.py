@@ -6,18 +6,15 @@ The header is complete before the first weight is read; then the tensors go to t
 from __future__ import annotations
 
 import math
-import os
 import struct
 from array import array
-from pathlib import Path
 
 import numpy as np
 
 from qwen2_converters import ggml
-from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
+from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.keys import Keys, Value, gguf_keys
 from qwen2_converters.planned import Plan
-from qwen2_local import cpu
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.ggml_types import BY_NAME
@@ -32,26 +29,17 @@ _TOO_LARGE = 65520.0  # rounds to infinity in 16 bits
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
-def write_gguf(checkpoint: Checkpoint, plan: Plan, path: Path, advance: Advance, *, name: str) -> None:
-    """Writes the file `path` anew. name: what to call the model in it.
+def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str) -> Job:
+    """How to write the GGUF file called `file`. name: what to call the model in it.
 
-    Raises BadFile for weights that are no numbers or do not fit the type, and what the modules below raise.
+    Its encoder raises BadFile for weights that are no numbers or do not fit the type. Raises what the modules below raise.
     """
     for kind in {part.type for tensor in plan.tensors for part in tensor.parts}:
         ggml.prepare(BY_NAME[kind])
     header, offsets, size = _lay_out(gguf_keys(checkpoint, plan.target, name), plan)
     if len(header) > MAX_HEADER:
         raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(handle, "wb", closefd=False) as file:
-            file.write(header)
-        # Also writes the padding.
-        os.ftruncate(handle, size)
-        places = {part: Place(handle, offset) for part, offset in offsets.items()}
-        convert_blocks(checkpoint, plan, places, _encode, advance, weights=_BLOCK, threads=cpu.cores())
-    finally:
-        os.close(handle)
+    return Job(plan, (WeightFile(file, header, offsets, size),), _encode, _BLOCK, finish=lambda _: None)
 
 
 def _encode(block: Block, raw: Buffer) -> list[Buffer]:

@@ -1,65 +1,62 @@
 """Writes a folder for MLX: safetensors shards with their index, config.json, and the small files beside them.
 
-Byte for byte what mlx_lm.convert makes of a dense model; of a mixture of experts, the gates stay unquantized. Weights go tensor by
-tensor through MLX, on whatever device it uses, so a model need not fit into memory.
+Byte for byte what mlx_lm.convert makes of a dense model on a processor, but for a tied head under a mixed recipe; of a mixture of experts,
+the gates stay unquantized. MLX itself is not needed for it.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import struct
-from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qwen2_converters.blocks import Advance, Block, Buffer, Place, convert_blocks
+from qwen2_converters import affine
+from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.companions import copy_companions
+from qwen2_converters.floats import finite, narrow, widen
 from qwen2_converters.keys import read_vocabulary
+from qwen2_converters.plan_mlx import quantization
 from qwen2_converters.planned import Part, Plan, PlannedTensor
-from qwen2_local.errors import BackendUnavailable, BadFile
+from qwen2_local.errors import BadFile
+from qwen2_local.files import write_file
 from qwen2_local.formats.checkpoint import Checkpoint, parameters
 
 SHARD = 5 << 30
 """Bytes of tensors in a file at most, as in mlx_lm; a single larger tensor gets a file of its own."""
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 21
+"""Weights of a block: 10 MB in all its forms, some milliseconds of work."""
+
 _INDEX = "model.safetensors.index.json"
 
 
-def write_mlx(checkpoint: Checkpoint, plan: Plan, folder: Path, advance: Advance, *, shard: int = SHARD) -> None:
-    """Fills the empty `folder`. shard: bytes of tensors in a file at most.
+def mlx_job(checkpoint: Checkpoint, plan: Plan) -> Job:
+    """How to fill an MLX folder.
 
-    Raises BadFile for weights that are no finite numbers or a tokenizer that does not belong, BackendUnavailable without MLX, OSError.
+    Its encoder raises BadFile for weights that are no finite numbers. Raises BadFile for a tokenizer that does not belong.
     """
-    mx = _library()
     read_vocabulary(checkpoint)
-    with ExitStack() as stack:
-        places: dict[str, Place] = {}
-        weight_map: dict[str, str] = {}
-        shards = split(plan, shard)
-        for number, tensors in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            parts = [part for tensor in tensors for part in tensor.parts]
-            handle = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, handle)
-            offset = _write_header(handle, parts)
-            for part in parts:
-                places[part.name] = Place(handle, offset)
-                weight_map[part.name] = file
-                offset += part.nbytes
-        # MLX has threads of its own, and its streams belong to the thread that made them.
-        convert_blocks(checkpoint, plan, places, lambda block, raw: _encode(mx, block, raw), advance, weights=_BLOCK, threads=1)
-    index = {
-        "metadata": {"total_size": plan.nbytes, "total_parameters": parameters(checkpoint.config)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    _write_json(folder / _INDEX, index)
-    _write_json(folder / "config.json", mlx_config(checkpoint, plan))
-    copy_companions(checkpoint.folder, folder)
+    files: list[WeightFile] = []
+    shards = split(plan, SHARD)
+    for number, tensors in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        parts = [part for tensor in tensors for part in tensor.parts]
+        header = safetensors_header(parts)
+        ends = list(accumulate((part.nbytes for part in parts), initial=len(header)))
+        files.append(WeightFile(name, header, {part.name: offset for part, offset in zip(parts, ends, strict=False)}, ends[-1]))
+
+    def finish(folder: Path) -> None:
+        weight_map = {part: file.name for file in files for part in file.offsets}
+        total = {"total_size": plan.nbytes, "total_parameters": parameters(checkpoint.config)}
+        _write_json(folder / _INDEX, {"metadata": total, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(folder / "config.json", mlx_config(checkpoint, plan))
+        copy_companions(checkpoint.folder, folder)
+
+    return Job(plan, tuple(files), _encode, _BLOCK, finish)
 
 
 def split(plan: Plan, limit: int) -> list[list[PlannedTensor]]:
@@ -83,14 +80,12 @@ def mlx_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     made |= {"max_position_embeddings": made.get("max_position_embeddings", 32768)}
     if config.yarn and made.get("rope_scaling") is None:
         made["rope_scaling"] = {"type": "yarn", "factor": config.yarn.factor, "original_max_position_embeddings": config.yarn.original}
-    bits = plan.target.bits
-    if bits is None:
-        dtype = {"f32": "float32", "bf16": "bfloat16"}[plan.target.weights]
+    if plan.target.bits is None:
+        dtype = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[plan.target.weights]
         made |= {key: dtype for key in ("dtype", "torch_dtype") if key in made} or {"torch_dtype": dtype}
     else:
         # Twice: Hugging Face's model pages read the second.
-        quantization = {"group_size": plan.target.group, "bits": bits, "mode": "affine"}
-        made |= {"quantization": quantization, "quantization_config": quantization}
+        made |= dict.fromkeys(("quantization", "quantization_config"), quantization(plan))
     return dict(sorted(made.items()))
 
 
@@ -106,42 +101,23 @@ def safetensors_header(parts: list[Part]) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _write_header(handle: int, parts: list[Part]) -> int:
-    header = safetensors_header(parts)
-    with os.fdopen(handle, "wb", closefd=False) as file:
-        file.write(header)
-    os.ftruncate(handle, len(header) + sum(part.nbytes for part in parts))
-    return len(header)
-
-
-def _library() -> Any:
-    try:
-        return importlib.import_module("mlx.core")
-    except ImportError as error:
-        raise BackendUnavailable(f"MLX is not installed ({error}).", hint="Run `pip install 'qwen2-local[mlx]'`.") from error
-
-
-def _encode(mx: Any, block: Block, raw: Buffer) -> list[Buffer]:
+def _encode(block: Block, raw: Buffer) -> list[Buffer]:
     parts = block.tensor.parts
-    dtypes = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-    bits = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[block.dtype]
-    weights = mx.array(raw.view(bits)).reshape(block.rows, -1)
-    if block.dtype == "BF16":
-        weights = weights.view(mx.bfloat16)
-    weights = weights.astype(dtypes[parts[-1].type])
-    if not mx.isfinite(weights).all().item():
-        fault = f"{block.file}: {parts[0].name} holds weights that are no finite numbers, or too large for {parts[-1].type}."
+    dtype = parts[-1].type
+    bits = raw.view(np.uint32 if block.dtype == "F32" else np.uint16)
+    if dtype != block.dtype:
+        bits = narrow(widen(bits, block.dtype), dtype)
+    made = [bits]
+    if len(parts) > 1:
+        columns = block.tensor.shape[-1]
+        codes, *lines = affine.quantize(bits, dtype, 32 * parts[0].shape[-1] // columns, columns // parts[1].shape[-1])
+        made = [narrow(line, dtype) for line in lines]
+    # What is no number in a group, or too large, shows in its scale.
+    if not finite(made[0], dtype):
+        fault = f"{block.file}: {parts[0].name} holds weights that are no finite numbers, or too large for {dtype}."
         raise BadFile(fault, hint="Fetch the model again from its source, or convert to mlx:f32.")
-    if len(parts) == 1:
-        return [_bytes(mx, weights)]
-    columns = block.tensor.shape[-1]
-    return [_bytes(mx, array) for array in mx.quantize(weights, columns // parts[1].shape[-1], 32 * parts[0].shape[-1] // columns)]
-
-
-def _bytes(mx: Any, array: Any) -> Buffer:
-    raw: Buffer = np.array(array.flatten().view(mx.uint8))
-    return raw
+    return [*([codes] if len(parts) > 1 else []), *(array.view(np.uint8) for array in made)]
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=4) + "\n")

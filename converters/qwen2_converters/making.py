@@ -1,0 +1,275 @@
+"""Makes outputs out of a checkpoint: planned, written aside with a journal, published whole; taken up again where a crash has ended it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from qwen2_converters.arriving import Arrivals
+from qwen2_converters.blocks import Delta, Job, convert_blocks
+from qwen2_converters.companions import check_companions
+from qwen2_converters.gguf import gguf_job
+from qwen2_converters.mlx import mlx_job
+from qwen2_converters.plan import make_plan
+from qwen2_converters.planned import Plan
+from qwen2_converters.staging import Staging, opened, staged
+from qwen2_converters.target import Target
+from qwen2_local import __version__, cpu, files
+from qwen2_local.errors import BadFile, DoesNotFit, UnsupportedModel
+from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
+
+_MOST_THREADS = 16  # each has some 12 MB under way
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a conversion is. done, total: bytes of the outputs' tensors. tensor: the one under way, in its output's names."""
+
+    phase: Literal["checking", "converting", "publishing"]
+    done: int
+    total: int
+    tensor: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to convert, beyond the targets.
+
+    name: what to call the model in a GGUF file; by default the source's folder. pad_ffn, yarn: see `make_plan`; for GGUF targets.
+    delta: added to the weights. arrivals: fetches the weights meanwhile.
+    """
+
+    name: str = ""
+    pad_ffn: bool = False
+    yarn: bool = False
+    delta: Delta | None = None
+    arrivals: Arrivals | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An output to make.
+
+    final: where it will be. file: the name of its GGUF file, or "" for MLX. bare: `final` is to be that file, not a folder with it.
+    refuse: raises UsageError where `final` must not be written. overwrite: replace what is there.
+    seal: the last to write into the folder that becomes `final`.
+    """
+
+    target: Target
+    final: Path
+    file: str
+    bare: bool
+    refuse: Callable[[], None]
+    overwrite: bool = False
+    seal: Callable[[Checkpoint, Path], None] = lambda _checkpoint, _folder: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Making:
+    wanted: Wanted
+    job: Job
+    staging: Staging
+
+
+def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnProgress) -> None:
+    """Makes all that is `wanted` of the checkpoint in the folder `source`, which is read once. What an earlier run has finished is not done again.
+
+    Killed or stopped, the same call goes on. Damaged weights and a full disk leave nothing. Raises as `convert` does.
+    """
+    for one in wanted:
+        if not files.partial_of(one.final).exists():
+            one.refuse()  # before any work
+    checkpoint, plans = _checked(source, [one.target for one in wanted], options)
+    total = sum(plan.nbytes for plan in plans)
+    report(Progress("checking", 0, total))
+    for folder in {one.final.parent for one in wanted}:
+        files.sweep(folder)
+    jobs = [_job(checkpoint, plan, one, options) for one, plan in zip(wanted, plans, strict=True)]
+    with ExitStack() as stack:
+        makings: list[_Making] = []
+        for one, job in zip(wanted, jobs, strict=True):
+            fingerprint = _fingerprint(checkpoint, job, options)
+            makings.append(_Making(one, job, stack.enter_context(staged(one.final, job, fingerprint, file=one.bare))))
+        left = [making for making in makings if not making.staging.published]
+        with _tidied(left):
+            for making in left:
+                making.wanted.refuse()
+            _require_free(left)
+        arrivals = _Watched(options.arrivals) if options.arrivals else None
+        with _tidied(left, DoesNotFit, BadFile, unless=arrivals), _disk_errors(left):
+            _write(checkpoint, left, options, arrivals, report)
+        report(Progress("publishing", total, total))
+        with _tidied(left):
+            for making in left:
+                if making.wanted.overwrite:  # hours may have gone by
+                    making.wanted.refuse()
+                making.staging.publish(overwrite=making.wanted.overwrite)
+        for making in makings:
+            making.staging.discard()
+
+
+def check(source: Path, target: Target, options: Options | None = None) -> tuple[Checkpoint, Plan]:
+    """The validated checkpoint in the folder `source`, and what converting it will write. Reads no weights; raises as `convert` does."""
+    checkpoint, plans = _checked(source, [target], options or Options())
+    return checkpoint, plans[0]
+
+
+def kept_bytes(final: Path) -> int:
+    """Bytes of unfinished work on `final` that are kept on the disk. The same call of `make` goes on with it."""
+    return files.used_bytes(files.partial_of(final))
+
+
+def name_of(source: Path) -> str:
+    """What to call the checkpoint in the folder `source`: as the folder, or as the hub does if it lies in its cache."""
+    folder = source.resolve()
+    if folder.parent.name == "snapshots":  # huggingface_hub's cache: models--Qwen--Qwen2-0.5B/snapshots/REVISION
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
+
+
+def _checked(source: Path, targets: Sequence[Target], options: Options) -> tuple[Checkpoint, list[Plan]]:
+    if source.is_file():
+        kind = "a GGUF file" if source.suffix == ".gguf" else "a file"
+        raise UnsupportedModel(f"{source} is {kind}; conversions start from a Hugging Face folder.", hint="Fetch the original checkpoint.")
+    checkpoint = open_checkpoint(source)
+    gguf = any(target.format == "gguf" for target in targets)
+    plans = []
+    for target in targets:
+        # What is for GGUF alone is refused where there is no such target.
+        for_gguf = target.format == "gguf" or not gguf
+        plans.append(make_plan(checkpoint, target, pad_ffn=options.pad_ffn and for_gguf, yarn=options.yarn and for_gguf))
+    check_companions(checkpoint)
+    return checkpoint, plans
+
+
+def _job(checkpoint: Checkpoint, plan: Plan, wanted: Wanted, options: Options) -> Job:
+    if wanted.target.format == "mlx":
+        return mlx_job(checkpoint, plan)
+    return gguf_job(checkpoint, plan, name=options.name or name_of(checkpoint.folder), file=wanted.file)
+
+
+def _fingerprint(checkpoint: Checkpoint, job: Job, options: Options) -> str:
+    """Of all that decides an output's bytes. Equal ones may be made in several runs."""
+    lines = [__version__, _version("llama-cpp-python"), str(job.plan), *(_identity(shard, options) for shard in checkpoint.shards)]
+    lines += [f"{file.name} {file.size} {hashlib.sha256(file.header).hexdigest()}" for file in job.files]
+    lines.append(options.delta.identity if options.delta else "")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _identity(shard: Path, options: Options) -> str:
+    if options.arrivals:  # it may come and go meanwhile
+        return f"{shard.name} {options.arrivals.identity}"
+    state = shard.stat()
+    return f"{shard} {state.st_size} {state.st_mtime_ns}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _require_free(makings: Sequence[_Making]) -> None:
+    needed: dict[Path, int] = {}
+    for making in makings:
+        place = making.wanted.final.parent
+        needed[place] = needed.get(place, 0) + making.job.plan.disk - files.used_bytes(making.staging.folder)
+    for place, count in needed.items():
+        files.require_free(place, count)
+
+
+@contextmanager
+def _disk_errors(makings: Sequence[_Making]) -> Iterator[None]:
+    if not makings:
+        yield
+        return
+    final = makings[0].wanted.final
+    with files.disk_errors(final if len(makings) == 1 else final.parent, sum(making.job.plan.disk for making in makings)):
+        yield
+
+
+def _write(checkpoint: Checkpoint, makings: Sequence[_Making], options: Options, arrivals: Arrivals | None, report: OnProgress) -> None:
+    total = sum(making.job.plan.nbytes for making in makings)
+    done = 0
+
+    def advance(tensor: str, count: int) -> None:
+        nonlocal done
+        done += count
+        report(Progress("converting", done, total, tensor))
+
+    with ExitStack() as stack:
+        outputs, journals = [], []
+        for making in makings:
+            output, journal = stack.enter_context(opened(making.staging, making.job))
+            outputs.append(output)
+            journals.append(journal)
+            done += finished_bytes(making.job.plan, journal.finished)
+        convert_blocks(checkpoint, outputs, advance, threads=min(cpu.cores(), _MOST_THREADS), arrivals=arrivals, delta=options.delta)
+        for making, journal in zip(makings, journals, strict=True):
+            _finish(checkpoint, making)
+            journal.whole()
+
+
+def _finish(checkpoint: Checkpoint, making: _Making) -> None:
+    """Writes what lies beside the weights, and reads the headers back."""
+    folder = making.staging.made.parent if making.wanted.bare else making.staging.made
+    making.job.finish(folder)
+    if making.wanted.target.format == "gguf":
+        open_gguf(folder / making.wanted.file)
+    else:
+        open_checkpoint(folder)
+    making.wanted.seal(checkpoint, folder)
+    files.sync_tree(folder)
+
+
+def finished_bytes(plan: Plan, finished: frozenset[int]) -> int:
+    """Bytes of the pieces in `finished`, which are counted as `Ledger` does."""
+    pieces = ((tensor.nbytes // tensor.row_count * rows.count) for tensor in plan.tensors for rows in tensor.rows)
+    return sum(nbytes for number, nbytes in enumerate(pieces) if number in finished)
+
+
+@contextmanager
+def _tidied(makings: Sequence[_Making], *spoilt: type[Exception], unless: _Watched | None = None) -> Iterator[None]:
+    """Deletes what an error leaves if nothing of it is finished, or it is one of `spoilt`: then it could not be used again.
+
+    unless: what they have raised spoils nothing but for a full disk.
+    """
+    try:
+        yield
+    except BaseException as error:
+        late = unless is not None and error is unless.error and not isinstance(error, DoesNotFit)
+        useless = isinstance(error, spoilt) and not late
+        for making in makings:
+            if useless or not making.staging.begun:
+                with suppress(OSError):
+                    making.staging.discard()
+        raise
+
+
+class _Watched:
+    """Arrivals that remember what they have raised."""
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        self._arrivals = arrivals
+        self.identity = arrivals.identity
+        self.error: BaseException | None = None
+
+    def wait(self, file: Path) -> None:
+        try:
+            self._arrivals.wait(file)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def consumed(self, file: Path) -> None:
+        self._arrivals.consumed(file)
