@@ -55,6 +55,9 @@ class RemoteFile:
         return "sha256" if self.sha256 else "git blob id" if self.blob_id else "size"
 
 
+Phase = Literal["fetching", "verifying"]
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a download is, in bytes. file: the name of the one that moved; done, total: of all files together.
@@ -62,7 +65,7 @@ class Progress:
     phase: "verifying" while bytes that are there already are hashed. `file_done` falls back when a file starts over.
     """
 
-    phase: Literal["fetching", "verifying"]
+    phase: Phase
     file: str
     file_done: int
     file_total: int

@@ -25,12 +25,14 @@ _COMMANDS = {
     "show": ("models", "Show what is known of a model."),
     "rm": ("models", "Delete an installed model."),
     "convert": ("convert", "Convert a Hugging Face folder to GGUF or MLX."),
+    "verify": ("verify", "Check a model's files, and its error against the source."),
+    "inspect": ("inspect", "Show what any model file or folder holds."),
     "doctor": ("doctor", "Check this machine, and say how to be faster."),
     "completion": ("completion", "Print shell completion for bash, zsh or fish."),
 }
 EXIT_CODES = """\b
 Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model · 3 bad or damaged file · 4 backend missing or failed ·
-5 does not fit (memory, disk, context) · 130 stopped by Ctrl-C · 141 the reader of the output went away"""
+5 does not fit (memory, disk, context) · 6 could not be fetched (network, server) · 130 stopped by Ctrl-C · 141 the reader of the output went away"""
 
 
 class _ReaderGone(Exception):

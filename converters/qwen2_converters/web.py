@@ -1,0 +1,200 @@
+"""HTTP as a downloader needs it: redirects followed by ourselves, and every failure sorted into try again, new address, or give up.
+
+Proxies (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY) and certificates (SSL_CERT_FILE, SSL_CERT_DIR) are those of the environment. No
+cookie is kept, no password looked up, no body unpacked.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING, Self
+
+from qwen2_converters.remote import Address
+from qwen2_local import __version__
+from qwen2_local.errors import FetchFailed
+
+if TYPE_CHECKING:
+    import httpx2
+
+_REDIRECTS = 10
+_REDIRECT = (301, 302, 303, 307, 308)
+_EXPIRED = (400, 401, 403, 410)  # Object stores answer any of these once a signature is too old.
+_TRY_AGAIN = (408, 425, 429)
+_CERTIFICATES = "If your network inspects traffic, name its certificate in SSL_CERT_FILE."
+_LATER = "Try again later: what has come is kept."
+
+
+class TryAgain(Exception):
+    """A failure that may pass. after_s: how long the server asks to wait. unreachable: there was no answer at all."""
+
+    def __init__(self, what: str, *, after_s: float = 0.0, unreachable: bool = False) -> None:
+        super().__init__(what)
+        self.what = what
+        self.after_s = after_s
+        self.unreachable = unreachable
+
+
+class Expired(Exception):
+    """The address is refused: it is too old, or was never allowed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. connect: until a connection stands. read: without a single byte, while waiting for an answer or in the midst of it."""
+
+    connect: float = 15.0
+    read: float = 30.0
+
+
+class Web:
+    """Connections to servers, shared by threads. Use it in a `with` block; `hang_up` ends what other threads wait for."""
+
+    def __init__(self, timeouts: Timeouts | None = None) -> None:
+        """Raises FetchFailed where the environment names a proxy or certificates that cannot be used."""
+        import httpx2
+
+        chosen = timeouts or Timeouts()
+        agent = f"qwen2-local/{__version__}"
+        try:
+            self._client = httpx2.Client(
+                headers={"User-Agent": agent, "Accept-Encoding": "identity", "Accept": "*/*"},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                timeout=httpx2.Timeout(chosen.read, connect=chosen.connect, pool=None),
+                follow_redirects=False,
+            )
+        except (ImportError, ValueError, httpx2.InvalidURL) as error:
+            raise FetchFailed("The proxy that the environment names cannot be used.", hint="Set HTTPS_PROXY to an http:// address.") from error
+        except OSError as error:
+            raise FetchFailed("The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read.", hint=_CERTIFICATES) from error
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def hang_up(self) -> None:
+        """Breaks every answer that is being read, so that a thread stuck in one goes on (with TryAgain)."""
+        with self._lock:
+            for one in self._open:
+                with suppress(OSError):
+                    # Not SSLSocket's own, which takes the socket apart under the thread that reads it.
+                    socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    @contextmanager
+    def get(self, address: Address, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """The answer to a GET, its body unread, with status 200, 206 or 416, for the block; failures while reading it are sorted too.
+
+        The address's own headers stay with its host; `headers` (Range) go wherever a redirect leads. Raises TryAgain, Expired, FetchFailed.
+        """
+        import httpx2
+
+        host = address.url
+        try:
+            url = httpx2.URL(address.url)
+            home, at_home = _origin(url), True
+            for _ in range(_REDIRECTS + 1):
+                host = _host(url)
+                if url.scheme not in ("http", "https") or not url.host:
+                    raise FetchFailed(f"The address of the file is no web address: {url.scheme!r} is not fetched.", hint="Use https.")
+                at_home = at_home and _origin(url) == home
+                with self._client.stream("GET", url, headers={**(address.headers if at_home else {}), **headers}) as response:
+                    if response.status_code not in _REDIRECT:
+                        _sort_status(response, host)
+                        with self._reading(response):
+                            yield response
+                        return
+                    url = _next(response, url, host)
+            raise FetchFailed(f"{host} redirects in circles.", hint=_LATER)
+        except (httpx2.InvalidURL, UnicodeError) as error:
+            raise FetchFailed(f"{host} leads to an address that is none.", hint=_LATER) from error
+        except httpx2.HTTPError as error:
+            raise _sort(error, host) from error
+
+    @contextmanager
+    def _reading(self, response: httpx2.Response) -> Iterator[None]:
+        stream = response.extensions.get("network_stream")
+        handle = stream.get_extra_info("socket") if stream else None
+        with self._lock:
+            self._open |= {handle} if handle else set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(handle)
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
+
+
+def _host(url: httpx2.URL) -> str:
+    """What messages call a server: never the path or query, which may hold a signature, nor a password."""
+    return url.netloc.decode("ascii", "replace")
+
+
+def _next(response: httpx2.Response, url: httpx2.URL, host: str) -> httpx2.URL:
+    target = url.join(response.headers.get("Location", ""))
+    if "Location" not in response.headers:
+        raise TryAgain(f"{host} redirects to nowhere")
+    if url.scheme == "https" and target.scheme != "https":
+        raise FetchFailed(f"{host} redirects to an address without encryption, {_host(target)}: refused.", hint=_LATER)
+    if target.userinfo:
+        raise FetchFailed(f"{host} redirects to an address with a password in it: refused.", hint=_LATER)
+    return target
+
+
+def _sort_status(response: httpx2.Response, host: str) -> None:
+    status = response.status_code
+    if status in _TRY_AGAIN or 500 <= status < 600:
+        raise TryAgain(f"{host} is busy (status {status})", after_s=_retry_after(response.headers.get("Retry-After", "")))
+    if status in _EXPIRED:
+        raise Expired(f"{host} refuses the file (status {status})")
+    if status == 404:
+        raise FetchFailed(f"{host} does not have the file (status 404).", hint="It was moved or deleted: list what there is again.")
+    if status == 407:
+        raise FetchFailed("The proxy asks for a password (status 407).", hint="Set HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT.")
+    if status not in (200, 206, 416):
+        raise FetchFailed(f"{host} answers with status {status}.", hint=_LATER)
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise FetchFailed(f"{host} sends a compressed file, though asked not to.", hint=_LATER)
+
+
+def _retry_after(value: str) -> float:
+    """Seconds, from a number or a date; 0 for neither."""
+    if value.strip().isdecimal():
+        return float(value[:12])
+    with suppress(ValueError, OverflowError, TypeError):
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    return 0.0
+
+
+def _sort(error: httpx2.HTTPError, host: str) -> Exception:
+    import httpx2
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return FetchFailed(f"{host} has no certificate that is trusted here ({cause.verify_message}).", hint=_CERTIFICATES)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, httpx2.ProxyError):
+        return TryAgain("the proxy does not let the request through", unreachable=True)
+    if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
+        return TryAgain(f"{host} cannot be reached", unreachable=True)
+    if isinstance(error, httpx2.TimeoutException):
+        return TryAgain(f"{host} has stopped answering")
+    return TryAgain(f"the connection to {host} broke")
