@@ -1,0 +1,493 @@
+"""From a name to an installed model: look, choose, say what it means, fetch, check, convert, publish.
+
+plan = prepare("7b")                       # asks the hub; fetches and writes nothing
+for manifest in carry_out(plan): ...       # whole, or resumed by the next call
+pull("0.5b")                               # both
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from qwen2_converters.download import download, read_range
+from qwen2_converters.hub import sources
+from qwen2_converters.hub.asked import Asked, understand
+from qwen2_converters.hub.choose import ORIGINAL, Choice, Way, choose, siblings
+from qwen2_converters.hub.preflight import Licence, Shape, check_keys, converted_bytes, disk_needed, fits, licence_of, memory_at, shape_of
+from qwen2_converters.hub.repository import HubFile, Repository, SourceName, source_hash
+from qwen2_converters.target import Target
+from qwen2_local import files, fit
+from qwen2_local.errors import BadFile, Offline, Qwen2LocalError, UnknownModel, UsageError
+from qwen2_local.files import refuse_clashes
+from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.formats.checkpoint import open_checkpoint
+from qwen2_local.formats.gguf import salvage_gguf
+from qwen2_local.manifest import Manifest, ManifestFile, now
+from qwen2_local.store import GUIDE, Store
+
+_PEEK = 1 << 20
+_COPY = 1 << 22
+_ENDINGS = re.compile(r"(-(gguf|mlx|awq|gptq|int[48]|[2-8]bit|bf16|fp?16|i1))+$")
+
+OnProgress = Callable[["Step"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a pull is, in bytes. name: the file, or the model that is converted; done, total: of the phase."""
+
+    phase: Literal["fetching", "verifying", "checking", "converting", "publishing"]
+    name: str
+    done: int
+    total: int
+    file_done: int = 0
+    file_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that will be installed. target: what the fetched files are converted to; None where they are taken as they are.
+
+    state: "current" is there and made of the same; "changed" is there, of other files than the hub has now.
+    """
+
+    name: str
+    target: Target | None
+    state: Literal["new", "changed", "current"]
+
+
+@dataclass(frozen=True, slots=True)
+class PullPlan:
+    """What a pull will do. fetch: bytes still to come over the network. here: bytes of the files that are on this computer already.
+
+    disk: bytes to have free. fits: does the largest of the models leave this machine some room at a context of 8192?
+    """
+
+    title: str
+    way: Way
+    runner_up: Way | None
+    models: tuple[Model, ...]
+    shape: Shape
+    licence: Licence
+    fetch: int
+    here: int
+    disk: int
+    disk_free: int
+    memory: fit.Memory
+    store: Store
+    draft: str
+
+    @property
+    def current(self) -> bool:
+        """Is all of it installed already?"""
+        return all(model.state == "current" for model in self.models)
+
+    @property
+    def changed(self) -> bool:
+        """Would an installed model be replaced?"""
+        return any(model.state == "changed" for model in self.models)
+
+    @property
+    def fits(self) -> bool:
+        """Does what comes of it leave this machine some room?"""
+        return fits(self.way, self.shape, self.memory)
+
+    @property
+    def licence_to_accept(self) -> bool:
+        """Must a person accept the licence first? Who has the model has done so."""
+        return self.licence.to_accept and all(model.state == "new" for model in self.models)
+
+    @property
+    def source_hash(self) -> str:
+        """Of all files that the models are made from."""
+        return source_hash(self.way.files)
+
+    def memory_at(self, context: int) -> int:
+        """Bytes of memory at a context of so many tokens."""
+        return memory_at(self.way, self.shape, context)
+
+    def kept(self) -> int:
+        """Bytes of unfinished work that are on the disk."""
+        return files.used_bytes(self.store.unfinished(self.draft).parent)
+
+
+def pull(name: str, *, accept_licence: bool = False, progress: OnProgress | None = None, **options: object) -> tuple[Manifest, ...]:
+    """Fetches and installs the model `name`, and gives what is installed then. options: as for `prepare`.
+
+    Raises what `prepare` and `carry_out` raise, and UsageError for a licence that has to be accepted.
+    """
+    plan = prepare(name, **options)  # type: ignore[arg-type]
+    if plan.licence_to_accept and not accept_licence:
+        raise UsageError(f"{plan.title} has the licence {plan.licence.name}.", hint=f"Read {plan.licence.url}, then pass accept_licence=True.")
+    return carry_out(plan, progress=progress)
+
+
+def prepare(
+    name: str,
+    *,
+    targets: Sequence[Target] = (),
+    original: bool = False,
+    revision: str = "",
+    source: SourceName | Literal[""] = "",
+    install_as: str = "",
+    backend: str = "llama.cpp",
+    store: Store | None = None,
+    memory: fit.Memory | None = None,
+) -> PullPlan:
+    """What pulling `name` means; fetches listings and a few headers only, and writes nothing.
+
+    name: of the catalog ("7b:q8_0"), a hub's id, an address, or a path. targets: convert the original to these. original: keep the original.
+    source: the hub to ask; by default Hugging Face. install_as: a name for it. backend: what it is to run on, "llama.cpp" or "mlx".
+
+    Raises UnknownModel, UsageError, FetchFailed, Offline, BadFile, UnsupportedModel, DoesNotFit for a disk that is too small.
+    """
+    store, memory = store or Store(), memory or fit.machine_memory()
+    asked = understand(name)
+    if revision and asked.kind != "repository":
+        raise UsageError("--revision is for repositories of a hub.", hint="Leave it out.")
+    asked = replace(asked, revision=revision or asked.revision, source=source or asked.source)
+    if asked.kind == "path":
+        repositories = [local_repository(Path(asked.where))]
+    elif asked.kind == "address":
+        repositories = [sources.look_at_address(asked.where)]
+    else:
+        repositories = _look(asked, backend, targets, original)
+    choice = choose(
+        asked, repositories, backend=backend, targets=targets, original=original, size_of=converted_bytes,
+        fits=lambda way: fits(way, shape_of(way.repository, asked.model), memory),
+    )  # fmt: skip
+    return _plan(asked, choice, store, memory, install_as)
+
+
+def carry_out(plan: PullPlan, *, progress: OnProgress | None = None, discard_source: bool = False) -> tuple[Manifest, ...]:
+    """Does what `plan` says, and gives the manifests of its models. Stopped or killed at any point, the same call goes on where it was.
+
+    discard_source: delete each shard of the original as soon as nothing needs it any more.
+
+    Raises FetchFailed, Offline, BadFile and UnsupportedModel for what came, DoesNotFit, Cancelled, UsageError while another process makes it.
+    """
+    if plan.current:
+        return tuple(_manifest(plan.store, model.name) for model in plan.models)
+    report = progress or (lambda _: None)
+    files.require_free(plan.store.folder, plan.disk)
+    kept = next((model for model in plan.models if model.target is None), None)
+    with plan.store.resume(plan.draft, replace=True) as draft:
+        if kept is not None and kept.state == "current":
+            source = plan.store.get(kept.name).folder
+        else:
+            source = draft.folder
+            _gather(plan, source, report)
+        _check(plan, source, report)
+        for model in plan.models:
+            if model.target is not None and model.state != "current":
+                _convert(plan, model, source, report)
+        if kept is not None and kept.state != "current":
+            listed = [file.name for file in plan.way.files]
+            for stray in source.iterdir():
+                if stray.name not in listed:
+                    _discard(stray)
+            report(Step("publishing", kept.name, 0, 0))
+            draft.manifest = _describe(plan, kept, source, listed)
+    return tuple(_manifest(plan.store, model.name) for model in plan.models)
+
+
+# Looking and planning
+
+
+def _look(asked: Asked, backend: str, targets: Sequence[Target], original: bool) -> list[Repository]:
+    """The repositories that are there. Raises what kept the one that was asked for from being read."""
+    ids = siblings(asked, backend, targets, original=original)
+    with ThreadPoolExecutor(len(ids)) as pool:
+        found = list(pool.map(partial(_try, asked.source or "huggingface", asked.revision), ids))
+    there = [one for one in found if isinstance(one, Repository)]
+    errors = [one for one in found if not isinstance(one, Repository)]
+    # What is missing is no fault where something else serves; what cannot be asked is, as a far larger one could be taken instead.
+    serious = [error for error in errors if not isinstance(error, UnknownModel)]
+    if serious and not all(isinstance(error, Offline) and one.cached for error in serious for one in there):
+        raise serious[0]
+    if not there:
+        raise errors[-1]
+    return there
+
+
+def _try(source: SourceName, revision: str, id: str) -> Repository | Qwen2LocalError:
+    try:
+        return sources.look(source, id, revision)
+    except Qwen2LocalError as error:
+        return error
+
+
+def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, install_as: str) -> PullPlan:
+    way, repository = choice.best, choice.best.repository
+    refuse_clashes((file.name for file in way.files), repository.id)
+    keys = _peek(way) if way.format == "gguf" and asked.model is None and not repository.config else None
+    if keys is not None:
+        check_keys(keys, repository.id)
+    base = asked.model.name if asked.model else _slug(repository.id)
+    models = tuple(_model(store, way, base, install_as.lower(), target) for target in ([None] if way.label else []) + list(way.targets))
+    draft = models[0].name if models[0].target is None else f"{base}:{ORIGINAL}"
+    todo = [model for model in models if model.state != "current"]
+    missing = [file for file in way.files if next(_places(repository, file, store, draft), None) is None]
+    fetch = sum(file.size - min(file.size, _begun(store.unfinished(draft) / f"{file.name}.part")) for file in missing)
+    copied = way.fetched if is_local(repository) and not way.targets else 0
+    written = sum(converted_bytes(repository, model.target) for model in todo if model.target is not None)
+    disk = disk_needed(fetch + copied, written) if todo else 0
+    title = asked.model.title if asked.model else repository.id.rstrip("/").rpartition("/")[2]
+    return PullPlan(
+        title=title, way=way, runner_up=choice.runner_up, models=models, shape=shape_of(repository, asked.model, keys),
+        licence=licence_of(repository, asked.model), fetch=fetch if todo else 0, here=way.fetched - sum(file.size for file in missing),
+        disk=disk, disk_free=files.free_bytes(store.folder), memory=memory, store=store, draft=draft,
+    )  # fmt: skip
+
+
+def _model(store: Store, way: Way, base: str, install_as: str, target: Target | None) -> Model:
+    label = way.label if target is None else target.label
+    name = f"{base}:{label}"
+    if install_as:
+        name = install_as if len(way.labels) == 1 or ":" in install_as else f"{install_as}:{label}"
+        if len(way.labels) > 1 and ":" in install_as:
+            raise UsageError(f"{install_as} cannot name {len(way.labels)} models.", hint="Give --name without a colon.")
+    if name.partition(":")[0] == GUIDE:
+        raise UsageError(f"{name} is the built-in model's name.", hint="Choose another with --name.")
+    store.unfinished(name)  # raises UsageError for what is no name
+    installed = next((one for one in store.list() if one.name == name), None)
+    if installed is None:
+        return Model(name, target, "new")
+    manifest = installed.manifest
+    if manifest is None:
+        raise UsageError(f"{name} is installed, but cannot be used: {installed.note}.", hint=f"`qwen2-local rm {name}` first.")
+    if manifest.source.lower() != way.repository.id.lower():
+        hint = f"Give this one another name with --name, or `qwen2-local rm {name}` first."
+        raise UsageError(f"{name} is installed already, from {manifest.source}.", hint=hint)
+    known = source_hash(way.files)
+    same = manifest.source_hash == known if known and manifest.source_hash else manifest.revision == way.repository.revision
+    with suppress(BadFile):
+        store.get(name)
+        return Model(name, target, "current" if same else "changed")
+    return Model(name, target, "changed")
+
+
+def _slug(id: str) -> str:
+    """A name for a model that is not of the catalog: the repository's or file's, without what says its format."""
+    stem = id.rstrip("/").rpartition("/")[2].partition("?")[0].lower()
+    stem = _ENDINGS.sub("", re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", stem))
+    return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._")[:60] or "model"
+
+
+def _peek(way: Way) -> Mapping[str, object]:
+    """The first keys of a GGUF that is on a server, or here. They tell the architecture and the shape; the vocabulary comes after them."""
+    first = way.files[0]
+    local = _local(way.repository, first)
+    if local is not None:
+        return salvage_gguf(local)[0].keys
+    head = read_range(sources.remote(way.repository, first), 0, min(_PEEK, first.size))
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        file.write(head)
+        file.flush()
+        try:
+            return salvage_gguf(Path(file.name))[0].keys
+        except BadFile as error:
+            raise type(error)(error.what.replace(file.name, first.path), hint=error.hint) from error
+
+
+# Files that are here already
+
+
+def local_repository(path: Path) -> Repository:
+    """A GGUF file with its other parts, or a folder, as a repository whose id is its path. Raises BadFile, UnsupportedModel."""
+    path = path.resolve()
+    checkpoint = open_checkpoint(path) if (path / "config.json").exists() else None
+    found = open_gguf(path).paths if path.is_file() else tuple(file for file in sorted(path.iterdir()) if file.is_file())
+    listed = tuple(HubFile(file.name, file.stat().st_size) for file in found)
+    # Its own way of telling whether it has changed.
+    stamp = hashlib.sha256("".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in found).encode("utf-8", "replace"))
+    repository = Repository("local", str(path), stamp.hexdigest()[:40], listed)
+    if checkpoint is None:
+        return repository
+    config = checkpoint.config
+    kind = config.packed.method if config.packed else "mlx" if checkpoint.layout == "mlx" else "original"
+    return replace(repository, kind=kind, config=config)
+
+
+def is_local(repository: Repository) -> bool:
+    """Is it a folder or file of this computer?"""
+    return repository.source == "local"
+
+
+def _local(repository: Repository, file: HubFile) -> Path | None:
+    """Where a file of a local folder, or of the Hugging Face cache, lies."""
+    if is_local(repository):
+        path = Path(repository.id)
+        return path.parent / file.path if path.is_file() else path / file.path
+    return sources.cached_file(repository, file)
+
+
+def _places(repository: Repository, file: HubFile, store: Store, draft: str) -> Iterator[Path]:
+    """Where the bytes of `file` may be already, by size; they are still to be hashed."""
+    folders = [store.unfinished(draft)]
+    folders += [one.folder for one in store.list() if one.manifest and one.manifest.source.lower() == repository.id.lower()]
+    for place in (_local(repository, file), *(folder / file.name for folder in folders)):
+        if place is not None and place.is_file() and place.stat().st_size == file.size:
+            yield place
+
+
+def _begun(part: Path) -> int:
+    """Bytes on the disk of a half-fetched file."""
+    return part.stat().st_blocks * 512 if part.is_file() else 0
+
+
+def _gather(plan: PullPlan, folder: Path, report: OnProgress) -> None:
+    """Brings all files of the way into `folder`, verified: from this computer where they are here, else over the network."""
+    repository, total, done = plan.way.repository, plan.way.fetched, 0
+    missing = []
+    for file in plan.way.files:
+        advance = partial(_verified, report, file, done, total)
+        if not (_link(repository, file, folder, advance) if is_local(repository) else _take(plan, file, folder, advance)):
+            missing.append(file)
+        done += file.size
+    if missing:
+        fetch = [sources.remote(repository, file) for file in missing]
+        download(fetch, folder, progress=lambda at: report(Step(at.phase, at.file, at.done, at.total, at.file_done, at.file_total)))
+
+
+def _verified(report: OnProgress, file: HubFile, done: int, total: int, count: int) -> None:
+    report(Step("verifying", file.name, done + count, total, count, file.size))
+
+
+def _link(repository: Repository, file: HubFile, folder: Path, advance: Callable[[int], None]) -> bool:
+    """Brings a file of a local model into `folder`."""
+    place = _local(repository, file)
+    assert place is not None
+    (folder / file.name).unlink(missing_ok=True)
+    link_or_copy(place.resolve(), folder / file.name, advance)
+    return True
+
+
+def _take(plan: PullPlan, file: HubFile, folder: Path, advance: Callable[[int], None]) -> bool:
+    """Brings `file` into `folder` from the Hugging Face cache or an installed model, if it is there and right.
+
+    What is in `folder` already is left to the downloader, which looks at it again.
+    """
+    path = folder / file.name
+    if path.exists() or not (file.sha256 or file.blob):
+        return False
+    for place in _places(plan.way.repository, file, plan.store, plan.draft):
+        if _is(place, file, advance):
+            link_or_copy(place.resolve(), path, advance)
+            return True
+    return False
+
+
+def _is(place: Path, file: HubFile, advance: Callable[[int], None]) -> bool:
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    count = 0
+    with place.open("rb") as opened:
+        while chunk := opened.read(_COPY):
+            digest.update(chunk)
+            count += len(chunk)
+            advance(count)
+    return count == file.size and digest.hexdigest() == (file.sha256 or file.blob)
+
+
+def link_or_copy(source: Path, path: Path, advance: Callable[[int], None]) -> None:
+    """Makes `path` the same as the file `source`: a hard link where the file system allows it, else a copy. Raises DoesNotFit, OSError."""
+    with suppress(OSError):
+        os.link(source, path)
+        return
+    temporary = path.with_name(f"{path.name}.copy")
+    with files.disk_errors(path, source.stat().st_size), source.open("rb") as origin, temporary.open("wb") as copy:
+        count = 0
+        while chunk := origin.read(_COPY):
+            copy.write(chunk)
+            count += len(chunk)
+            advance(count)
+    temporary.replace(path)
+
+
+# Checking, converting, publishing
+
+
+def _check(plan: PullPlan, folder: Path, report: OnProgress) -> None:
+    """Raises BadFile or UnsupportedModel unless what was fetched is a model that we run; what is no good is deleted, so that it is fetched anew."""
+    report(Step("checking", plan.title, 0, 0))
+    try:
+        if plan.way.format == "gguf":
+            open_gguf(folder / plan.way.files[0].name)
+        else:
+            open_checkpoint(folder)
+    except BadFile as error:
+        if folder == plan.store.unfinished(plan.draft):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise type(error)(error.what.replace(f"{folder}/", f"{plan.way.repository.id}: "), hint=error.hint) from error
+
+
+def _convert(plan: PullPlan, model: Model, source: Path, report: OnProgress) -> None:
+    """Makes and installs one model of the checkpoint in `source`."""
+    from qwen2_converters.convert import convert
+
+    assert model.target is not None
+    with plan.store.resume(model.name, replace=True) as draft:
+        stamp = draft.folder.parent / "source"
+        key = f"{plan.way.repository.id} {plan.way.repository.revision} {plan.source_hash} {model.target}"
+        if not stamp.is_file() or stamp.read_text("utf-8", "replace") != key:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+            draft.folder.mkdir(mode=0o700, exist_ok=True)
+            stamp.write_text(key, "utf-8")
+        if model.target.format == "gguf":
+            output = draft.folder / f"{model.name.replace(':', '-')}.gguf"
+        else:
+            output = draft.folder
+            with suppress(OSError):
+                output.rmdir()
+        if not output.exists():
+            convert(
+                source, model.target, output, cache=True, name=plan.title,
+                progress=lambda step: report(Step(step.phase, model.name, step.done, step.total)),
+            )  # fmt: skip
+        draft.manifest = _describe(plan, model, draft.folder, [path.name for path in draft.folder.iterdir() if path.is_file()])
+
+
+def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str]) -> Manifest:
+    """The manifest of the files `names` in `folder`."""
+    repository = plan.way.repository
+    known = {file.name: file.sha256 for file in plan.way.files if file.sha256} if model.target is None else {}
+    listed = tuple(ManifestFile(name, (folder / name).stat().st_size, known.get(name) or files.sha256(folder / name)) for name in sorted(names))
+    kind = plan.way.format if model.target is None else model.target.format
+    if kind == "gguf":
+        gguf = open_gguf(min(folder / name for name in names if name.endswith(".gguf")))
+        architecture, quantization, context = gguf.architecture, gguf.quantization, gguf.context
+    else:
+        config = open_checkpoint(folder).config
+        bits = config.quantization
+        architecture, context = config.model_type, config.context
+        quantization = (
+            f"{bits.bits}-bit" if bits else str(config.packed) if config.packed else {"bfloat16": "bf16", "float16": "f16"}.get(config.dtype, "f32")
+        )
+    return Manifest(
+        name=model.name, source=repository.id, revision=repository.revision, files=listed, format=kind, architecture=architecture,
+        quantization=quantization, licence=plan.licence.id, context=context, created=now(), source_hash=plan.source_hash,
+    )  # fmt: skip
+
+
+def _manifest(store: Store, name: str) -> Manifest:
+    manifest = store.get(name).manifest
+    assert manifest is not None
+    return manifest
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
