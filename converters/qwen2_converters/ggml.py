@@ -40,14 +40,22 @@ def to_float32(raw: Bytes, dtype: str) -> npt.NDArray[np.float32]:
     return weights
 
 
-def quantize(weights: npt.NDArray[np.float32], columns: int, kind: GgmlType) -> Bytes:
-    """Whole rows of `columns` weights as ggml keeps them. `columns` have to be whole blocks of `kind`."""
+def quantize(weights: npt.NDArray[np.float32], columns: int, kind: GgmlType, importance: npt.NDArray[np.float32] | None = None) -> Bytes:
+    """Whole rows of `columns` weights as ggml keeps them. `columns` have to be whole blocks of `kind`.
+
+    importance: of each column, where it is known; raises ValueError if numbers in it are so large that scales come out as none.
+    """
     if kind.name == "F32":
         return weights.view(np.uint8)
     rows = weights.size // columns
     packed = np.empty(rows * kind.row_bytes(columns), np.uint8)
-    written = _library().ggml_quantize_chunk(kind.number, weights.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
+    assert importance is None or importance.size == columns
+    guide = None if importance is None else importance.ctypes.data
+    written = _library().ggml_quantize_chunk(kind.number, weights.ctypes.data, packed.ctypes.data, 0, rows, columns, guide)
     assert written == packed.size
+    # Without an importance, finite weights give finite scales.
+    if guide is not None and not _library().ggml_validate_row_data(kind.number, packed.ctypes.data, packed.size):
+        raise ValueError("the importance makes scales that are no finite numbers")
     return packed
 
 
@@ -87,6 +95,7 @@ def _library() -> Any:
         "ggml_row_size": (ctypes.c_size_t, [number, whole]),
         "ggml_quantize_init": (None, [number]),
         "ggml_quantize_chunk": (ctypes.c_size_t, [number, pointer, pointer, whole, whole, whole, pointer]),
+        "ggml_validate_row_data": (ctypes.c_bool, [number, pointer, ctypes.c_size_t]),
         "ggml_bf16_to_fp32_row": (None, [pointer, pointer, whole]),
         "ggml_fp16_to_fp32_row": (None, [pointer, pointer, whole]),
         "ggml_get_type_traits": (ctypes.POINTER(_Traits), [number]),

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import struct
 from array import array
+from functools import partial
 
 import numpy as np
 
 from qwen2_converters import ggml
 from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
+from qwen2_converters.imatrix import Importance
 from qwen2_converters.keys import Keys, Value, gguf_keys
 from qwen2_converters.planned import Plan
 from qwen2_local.errors import BadFile
@@ -29,20 +31,22 @@ _TOO_LARGE = 65520.0  # rounds to infinity in 16 bits
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
-def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str) -> Job:
-    """How to write the GGUF file called `file`. name: what to call the model in it.
+def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str, importance: Importance | None = None, url: str = "") -> Job:
+    """How to write the GGUF file called `file`. name, url: what to call the model in it, and where it is from.
+
+    importance: to quantize with; the plan has to know of it.
 
     Its encoder raises BadFile for weights that are no numbers or do not fit the type. Raises what the modules below raise.
     """
     for kind in {part.type for tensor in plan.tensors for part in tensor.parts}:
         ggml.prepare(BY_NAME[kind])
-    header, offsets, size = _lay_out(gguf_keys(checkpoint, plan.target, name), plan)
+    header, offsets, size = _lay_out(gguf_keys(checkpoint, plan, name, importance, url), plan)
     if len(header) > MAX_HEADER:
         raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
-    return Job(plan, (WeightFile(file, header, offsets, size),), _encode, _BLOCK, finish=lambda _: None)
+    return Job(plan, (WeightFile(file, header, offsets, size),), partial(_encode, importance=importance), _BLOCK, finish=lambda _: None)
 
 
-def _encode(block: Block, raw: Buffer) -> list[Buffer]:
+def _encode(block: Block, raw: Buffer, importance: Importance | None) -> list[Buffer]:
     part = block.tensor.parts[0]
     kind = BY_NAME[part.type]
     weights = ggml.to_float32(raw, block.dtype)
@@ -52,7 +56,14 @@ def _encode(block: Block, raw: Buffer) -> list[Buffer]:
         raise BadFile(f"{block.file}: {part.name} holds weights that are no finite numbers.", hint="Fetch the model again from its source.")
     if peak >= _TOO_LARGE and kind.name != "F32":
         raise BadFile(f"{block.file}: {part.name} holds a weight of {peak:g}, too large for {kind.name}.", hint="Convert to gguf:f32, or for MLX.")
-    return [ggml.quantize(weights, part.shape[-1], kind)]
+    columns = part.shape[-1]
+    # A block never holds rows of two experts.
+    guide = importance.of(part.name, block.first // part.shape[-2], columns) if importance and kind.block > 1 else None
+    try:
+        return [ggml.quantize(weights, columns, kind, guide)]
+    except ValueError as error:
+        fault = f"{importance.path if importance else block.file}: {part.name} cannot be kept as {kind.name}: {error}."
+        raise BadFile(fault, hint="Leave the importance matrix out, or make it anew.") from error
 
 
 def _lay_out(keys: Keys, plan: Plan) -> tuple[bytes, dict[str, int], int]:

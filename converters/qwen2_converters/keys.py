@@ -5,17 +5,20 @@ Names and types as llama.cpp's convert_hf_to_gguf.py writes them (gguf-py's cons
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from qwen2_converters.imatrix import Importance
 from qwen2_converters.mix import FILE_TYPES
-from qwen2_converters.target import Target
+from qwen2_converters.planned import Plan
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint, member, parameters
-from qwen2_local.formats.model_card import read_card
+from qwen2_local.formats.config import Qwen2Config
+from qwen2_local.formats.model_card import read_card, read_card_lists
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config
 from qwen2_local.vocabulary import Vocabulary, read_tokenizer_json
@@ -29,23 +32,58 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _MAX_JSON = 4_000_000
 _MAX_TEXT = 1_000_000
 
+_SIZE = re.compile(r"(?P<active>[aA])?(?P<number>[0-9]{1,4}(\.[0-9]{1,3})?)(?P<unit>[kmbtKMBT])")
+_FINETUNE = re.compile(r"chat|instruct", re.IGNORECASE)
+_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
-def gguf_keys(checkpoint: Checkpoint, target: Target, name: str) -> Keys:
-    """All keys, in the order of the file. name: what to call the model.
+
+def gguf_keys(checkpoint: Checkpoint, plan: Plan, name: str, importance: Importance | None = None, url: str = "") -> Keys:
+    """All keys, in the order of the file. name: what to call the model. url: where it is from.
 
     Raises BadFile, or UnsupportedModel for a tokenizer that is not Qwen2's kind.
     """
     generation = optional_json(checkpoint, "generation_config.json")
     keys: Keys = {
-        "general.architecture": "qwen2moe" if checkpoint.config.moe else "qwen2",
+        "general.architecture": "qwen2moe" if plan.config.moe else "qwen2",
         "general.type": "model",
         "general.name": name,
-        "general.size_label": size_label(parameters(checkpoint.config)),
+        **names(name, parameters(checkpoint.config)),
         **licence(checkpoint),
-        "general.file_type": FILE_TYPES[target.weights],
+        **({"general.source.url": url} if url else {}),
+        **_card(checkpoint),
+        "general.file_type": FILE_TYPES[plan.target.weights],
         "general.quantization_version": 2,
     }
-    return keys | _sampling(checkpoint, generation) | _shape(checkpoint) | _tokenizer(checkpoint, generation)
+    return keys | _sampling(checkpoint, generation) | _importance(importance) | _shape(plan.config) | _tokenizer(checkpoint, generation)
+
+
+def names(name: str, count: int) -> dict[str, str]:
+    """The keys that take a model's name apart: "Qwen2-7B-Instruct" has a basename, a size and a finetune. count: of its weights.
+
+    As gguf-py does it, for names that hold a size; else only the size is there, counted.
+    """
+    words = [word for word in name.split("-") if word]
+    sizes = [word.upper() for word in words[1:] if _is_size(word, count)] if " " not in name else []
+    if not sizes:
+        return {"general.size_label": size_label(count)}
+    after = [bool(_SIZE.fullmatch(word) or _FINETUNE.fullmatch(word)) for word in words]
+    start = after.index(True, 1)
+    tuned = [word for word in words[start:] if not _is_size(word, count) and not _VERSION.fullmatch(word)]
+    versions = [word for word in words[start:] if _VERSION.fullmatch(word)]
+    found = {"basename": words[:start], "finetune": tuned, "version": versions, "size_label": list(dict.fromkeys(sizes))}
+    return {f"general.{key}": "-".join(parts) for key, parts in found.items() if parts}
+
+
+def _is_size(word: str, count: int) -> bool:
+    """Is it "7B", "0.5B" or "A14B", and no length of context such as "32K"?"""
+    match = _SIZE.fullmatch(word)
+    if not match:
+        return False
+    if match["active"]:
+        return True
+    claimed = float(match["number"]) * 10.0 ** (3 * " KMBT".index(match["unit"].upper()))
+    return abs(claimed - count) <= 7 * count / 8
 
 
 def size_label(count: int) -> str:
@@ -80,6 +118,41 @@ def licence(checkpoint: Checkpoint) -> dict[str, str]:
     return {f"general.{name.replace('_', '.')}": value for name, value in found.items()}
 
 
+def _card(checkpoint: Checkpoint) -> Keys:
+    """What the model was made from, its tags and languages, as far as its README.md says so."""
+    card = read_card_lists(member(checkpoint.folder, "README.md"))
+    keys: Keys = {}
+    bases = [base for base in card.get("base_model", ()) if _HUB_ID.fullmatch(base)]
+    if bases:
+        keys["general.base_model.count"] = len(bases)
+    for number, base in enumerate(bases):
+        organization, _, model = base.partition("/")
+        keys[f"general.base_model.{number}.name"] = _title(model)
+        keys[f"general.base_model.{number}.organization"] = _title(organization)
+        keys[f"general.base_model.{number}.repo_url"] = f"https://huggingface.co/{base}"
+    for key, fields in (("tags", ("tags", "pipeline_tag")), ("languages", ("language", "languages"))):
+        values = [value for field in fields for value in card.get(field, ())]
+        if values:
+            keys[f"general.{key}"] = values
+    return keys
+
+
+def _title(text: str) -> str:
+    """A hub's id for people: "my-model-7B" is "My Model 7B"."""
+    return " ".join(word.title() if word.islower() and not word[0].isdecimal() else word for word in text.replace("-", " ").split())
+
+
+def _importance(importance: Importance | None) -> Keys:
+    if importance is None:
+        return {}
+    keys: Keys = {"quantize.imatrix.file": importance.path.name, "quantize.imatrix.entries_count": len(importance.columns)}
+    if importance.dataset:
+        keys["quantize.imatrix.dataset"] = importance.dataset
+    if importance.chunks:
+        keys["quantize.imatrix.chunks_count"] = importance.chunks
+    return keys
+
+
 def _sampling(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
     if not generation:
         return {}
@@ -93,8 +166,7 @@ def _sampling(checkpoint: Checkpoint, generation: Mapping[str, Any]) -> Keys:
     }
 
 
-def _shape(checkpoint: Checkpoint) -> Keys:
-    config = checkpoint.config
+def _shape(config: Qwen2Config) -> Keys:
     keys: Keys = {
         "block_count": config.layers,
         "context_length": config.context,

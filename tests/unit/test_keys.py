@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_converters.keys import gguf_keys
+from qwen2_converters.plan import make_plan
 from qwen2_converters.target import Target
 from qwen2_local.formats.checkpoint import open_checkpoint
 from tests.support import tiny_checkpoint
@@ -20,7 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def keys_of(folder: Path) -> dict[str, object]:
-    return dict(gguf_keys(open_checkpoint(folder), Target.parse("gguf:f16"), "model"))
+    checkpoint = open_checkpoint(folder)
+    return dict(gguf_keys(checkpoint, make_plan(checkpoint, Target.parse("gguf:f16")), "model"))
 
 
 def change(path: Path, **values: object) -> None:
