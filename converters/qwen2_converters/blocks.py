@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen2_converters.arriving import Arrivals
+from qwen2_converters.packed import PackedMatrix
 from qwen2_converters.planned import Plan, PlannedTensor, Rows
 from qwen2_local.errors import BadFile
 from qwen2_local.files import write_all
@@ -72,10 +73,6 @@ class Job:
 
 class Delta(Protocol):
     """Something to add to the weights while they are converted: a LoRA adapter to merge."""
-
-    @property
-    def identity(self) -> str:
-        """Says which values are added. A conversion is only resumed with the same."""
 
     def add(self, source_name: str, first_row: int, weights: npt.NDArray[np.float32]) -> None:
         """Adds in place to `weights` [rows, columns], the rows of the checkpoint's tensor `source_name` from `first_row` on. From any thread."""
@@ -130,6 +127,16 @@ def convert_blocks(
     Raises what `encode` raises, BadFile for a checkpoint that ends early, OSError, and what `arrivals` raises.
     """
     pieces = _pieces(checkpoint, outputs)
+    if arrivals and pieces and checkpoint.config.packed:
+        # A packed matrix may lie in several shards.
+        for shard in checkpoint.shards:
+            arrivals.wait(shard)
+        convert_blocks(checkpoint, outputs, advance, threads=threads)
+        for output in outputs:
+            output.ledger.sync()
+        for shard in checkpoint.shards:
+            arrivals.consumed(shard)
+        return
     if arrivals:
         for shard in sorted({located.file for located in checkpoint.tensors.values()} - {piece.file for piece in pieces}):
             arrivals.consumed(shard)
@@ -165,10 +172,11 @@ class _Use:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows that lie one after the other in one shard, and all that is made of them."""
+    """Rows that lie one after the other in one shard, and all that is made of them. packed: the matrix that they are, if GPTQ or AWQ packed it."""
 
     rows: Rows
     located: Located | None
+    packed: PackedMatrix | None
     uses: list[_Use]
 
     @property
@@ -211,11 +219,18 @@ def _pieces(checkpoint: Checkpoint, outputs: Sequence[Output]) -> list[_Piece]:
                 if number not in output.ledger.finished:
                     key = rows, 0 if rows.source else tensor.shape[-1]
                     if key not in found:
-                        found[key] = _Piece(rows, checkpoint.tensors[rows.source] if rows.source else None, [])
+                        found[key] = _piece(checkpoint, rows)
                     found[key].uses.append(_Use(output, tensor, first, number))
                 first += rows.count
                 number += 1
     return sorted(found.values(), key=lambda piece: (piece.located is not None, piece.file, piece.begin))
+
+
+def _piece(checkpoint: Checkpoint, rows: Rows) -> _Piece:
+    if rows.source is None:
+        return _Piece(rows, None, None, [])
+    packed = PackedMatrix.of(checkpoint, rows.source) if rows.source.endswith(".qweight") else None
+    return _Piece(rows, checkpoint.tensors[rows.source], packed, [])
 
 
 # One shard
@@ -227,9 +242,10 @@ def _convert_file(pieces: Sequence[_Piece], advance: Advance, delta: Delta | Non
     with _opened(pieces[0].file) as handle:
 
         def work(read: _Read) -> None:
-            dtype, raw = _merged(read, _fetch(handle, read), delta)
+            packed = read.piece.packed
+            dtype, raw = ("", packed.fetch(read.start, read.count)) if packed else _merged(read, _fetch(handle, read), delta)
             for use in read.piece.uses:
-                _encode(use, read, dtype, raw)
+                _write(use, read, packed.encode(use.tensor, read.count, raw) if packed else _encode(use, read, dtype, raw))
 
         with closing(_each(work, _reads(pieces, weights), threads)) as done:
             for read in done:
@@ -243,7 +259,7 @@ def _convert_file(pieces: Sequence[_Piece], advance: Advance, delta: Delta | Non
 
 def _reads(pieces: Iterable[_Piece], weights: int) -> Iterator[_Read]:
     for piece in pieces:
-        step = max(1, weights // piece.uses[0].tensor.shape[-1])
+        step = piece.packed.rows_at_once if piece.packed else max(1, weights // piece.uses[0].tensor.shape[-1])
         for start in range(0, piece.rows.count, step):
             yield _Read(piece, start, min(step, piece.rows.count - start))
 
@@ -278,14 +294,15 @@ def _merged(read: _Read, raw: Buffer, delta: Delta | None) -> tuple[str, Buffer]
     return "F32", weights.reshape(-1).view(np.uint8)
 
 
-def _encode(use: _Use, read: _Read, dtype: str, raw: Buffer) -> None:
-    """Writes what an output makes of the rows."""
-    tensor = use.tensor
-    first = use.first + read.start
-    block = Block(tensor, first, read.count, read.piece.file, dtype)
-    for part, data in zip(tensor.parts, use.output.job.encode(block, _widened(raw, read.count, tensor.shape[-1], dtype)), strict=True):
+def _encode(use: _Use, read: _Read, dtype: str, raw: Buffer) -> list[Buffer]:
+    block = Block(use.tensor, use.first + read.start, read.count, read.piece.file, dtype)
+    return use.output.job.encode(block, _widened(raw, read.count, use.tensor.shape[-1], dtype))
+
+
+def _write(use: _Use, read: _Read, encoded: list[Buffer]) -> None:
+    for part, data in zip(use.tensor.parts, encoded, strict=True):
         place = use.output.places[part.name]
-        write_all(place.handle, data.data, place.offset + first * (part.nbytes // tensor.row_count))
+        write_all(place.handle, data.data, place.offset + (use.first + read.start) * (part.nbytes // use.tensor.row_count))
 
 
 def _widened(raw: Buffer, rows: int, columns: int, dtype: str) -> Buffer:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import mlx.core as mx
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2_converters import awq, repack
-from tests.support import packed
+from qwen2_converters.convert import convert
+from qwen2_converters.target import Target
+from tests.support import packed, tiny_checkpoint
+from tests.support.packed_parity import gguf_weights, logits, mlx_weights, same
+
+pytestmark = pytest.mark.usefixtures("on_processor")
 
 GROUP = st.sampled_from([32, 64, 128])
 SHAPE = {"group": GROUP, "rows": st.integers(1, 5), "groups": st.integers(1, 3), "seed": st.integers(0, 1000)}
@@ -46,3 +54,30 @@ def test_minima_beyond_16_bits_are_seen() -> None:
     fits, not_ = (repack.Codes(codes, np.array([[scale]], np.float16), np.array([[15]], np.uint8)) for scale in (4000, 5000))
     assert repack.fits_q4_1(fits)
     assert not repack.fits_q4_1(not_)
+
+
+@pytest.mark.parametrize(
+    "config", [tiny_checkpoint.dense(torch_dtype="float16"), tiny_checkpoint.moe(torch_dtype="float16")], ids=["dense", "experts"]
+)
+def test_a_checkpoint_to_gguf_and_mlx(config: dict[str, object], tmp_path: Path) -> None:
+    """MLX has the weights that the checkpoint stands for. GGUF's differ by the rounding of the minima: 0.0074 of the largest step."""
+    source, plain = packed.checkpoint(tmp_path, config, packed.settings("awq", group=64), shards=3)
+    same(mlx_weights(convert(source, Target("mlx", "4bit"), tmp_path / "ours")), mlx_weights(convert(plain, Target("mlx", "f32"), tmp_path / "mlx")))
+    ours, want = (gguf_weights(convert(*way)) for way in (
+        (source, Target("gguf", "q4_1"), tmp_path / "ours.gguf"), (plain, Target("gguf", "f32"), tmp_path / "plain.gguf"))
+    )  # fmt: skip
+    assert ours.keys() == want.keys()
+    assert not np.array_equal(ours["blk.0.ffn_up_exps.weight" if "num_experts" in config else "blk.0.ffn_up.weight"], 0)
+    for name in want:
+        step = np.abs(want[name]).max() / 7
+        assert np.abs(ours[name] - want[name]).max() <= (0.0074 * step if "_proj" not in name and "ffn" in name else step), name
+
+
+def test_both_backends_compute_what_the_weights_say(tmp_path: Path) -> None:
+    source, plain = packed.checkpoint(tmp_path, tiny_checkpoint.dense(torch_dtype="float16"), packed.settings("awq", group=64))
+    for target, tolerance in (("gguf:q4_1", 0.12), ("mlx:4bit", 1e-5)):
+        format = Target.parse(target).format
+        want = logits(convert(plain, Target(format, "f32"), tmp_path / f"plain.{format}"))
+        have = logits(convert(source, Target.parse(target), tmp_path / f"ours.{format}"))
+        assert want.std() > 0.5
+        assert np.sqrt(((have - want) ** 2).mean(axis=1)).max() / want.std() < tolerance, target

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -10,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2_converters import gptq, repack
-from tests.support import packed
+from qwen2_converters import packed as reading
+from qwen2_converters.convert import convert
+from qwen2_converters.target import Target
+from tests.support import packed, tiny_checkpoint
+from tests.support.packed_parity import gguf_weights, logits, mlx_weights, same
+
+pytestmark = pytest.mark.usefixtures("on_processor")
 
 BITS = st.sampled_from([4, 8])
 GROUP = st.sampled_from([32, 64, 128])
@@ -56,3 +65,45 @@ def test_what_is_not_symmetric_or_not_in_order_is_seen(bits: int) -> None:
     matrix.zeros[31, 1] -= 1
     assert not gptq.is_symmetric(packed.gptq(matrix, bits)["qzeros"], bits)
     assert not gptq.is_ordered(parts["g_idx"][::-1].copy(), 128)
+
+
+DENSE = tiny_checkpoint.dense(intermediate_size=256, torch_dtype="float16")
+CASES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "tied, 4 bits": (DENSE, 4, 128),
+    "untied, 8 bits": (DENSE | {"tie_word_embeddings": False}, 8, 128),
+    "groups of 32": (DENSE, 4, 32),
+    "experts": (tiny_checkpoint.moe(torch_dtype="float16"), 4, 64),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_to_gguf_and_mlx(case: str, tmp_path: Path) -> None:
+    """Every weight of the outputs, as gguf-py and MLX read them, is the one that the checkpoint stands for."""
+    config, bits, group = CASES[case]
+    source, plain = packed.checkpoint(tmp_path, config, packed.settings("gptq", bits, group), shards=3)
+    ours = convert(source, Target("gguf", {4: "q4_0", 8: "q8_0"}[bits]), tmp_path / "ours.gguf")
+    same(gguf_weights(ours), gguf_weights(convert(plain, Target("gguf", "f32"), tmp_path / "plain.gguf")))
+    ours = convert(source, Target("mlx", f"{bits}bit-g{group}" if group != 64 else f"{bits}bit"), tmp_path / "ours")
+    same(mlx_weights(ours), mlx_weights(convert(plain, Target("mlx", "f32"), tmp_path / "mlx")))
+
+
+def test_both_backends_compute_what_the_weights_say(tmp_path: Path) -> None:
+    source, plain = packed.checkpoint(tmp_path, DENSE, packed.settings("gptq"))
+    for target, tolerance in (("gguf:q4_0", 0.12), ("mlx:4bit-g128", 1e-5)):  # llama.cpp rounds activations to 8 bits before Q4_0
+        format = Target.parse(target).format
+        want = logits(convert(plain, Target(format, "f32"), tmp_path / f"plain.{format}"))
+        have = logits(convert(source, Target.parse(target), tmp_path / f"ours.{format}"))
+        assert want.std() > 0.5
+        assert np.sqrt(((have - want) ** 2).mean(axis=1)).max() / want.std() < tolerance, target
+
+
+def test_a_bias_of_zeros_is_dropped_and_slices_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoGPTQ writes a bias beside every matrix. A matrix goes through memory some rows at a time."""
+    tensors, _ = packed.quantized(DENSE, packed.settings("gptq"))
+    config = DENSE | {"quantization_config": packed.settings("gptq")}
+    plain = convert(tiny_checkpoint.write(tmp_path / "plain", config, tensors, dtype="F16"), Target("gguf", "q4_0"), tmp_path / "plain.gguf")
+    zeros = {f"model.layers.{layer}.self_attn.o_proj.bias": np.zeros(128, np.float16) for layer in (0, 1)}
+    source = tiny_checkpoint.write(tmp_path / "biased", config, tensors | zeros, dtype="F16")
+    monkeypatch.setattr(reading, "_WEIGHTS", 128 * 24)
+    sliced = convert(source, Target("gguf", "q4_0"), tmp_path / "biased.gguf", name="plain")
+    assert sliced.read_bytes() == plain.read_bytes()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from tests.support import tiny_checkpoint
+from tests.support.random_qwen2 import Weights
 
 Array = npt.NDArray[Any]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -65,3 +70,30 @@ def awq(matrix: Matrix) -> dict[str, Array]:
         return words.view(np.int32)
 
     return {"qweight": pack(matrix.codes), "qzeros": pack(matrix.zeros), "scales": matrix.scales.T.copy()}
+
+
+def settings(method: Literal["gptq", "awq"], bits: int = 4, group: int = 128) -> dict[str, Any]:
+    """The quantization_config of Qwen2's own checkpoints."""
+    own = {"gptq": {"desc_act": False, "sym": True, "true_sequential": True, "dataset": None}, "awq": {"version": "gemm", "zero_point": True}}
+    return {"quant_method": method, "bits": bits, "group_size": group, "modules_in_block_to_quantize": None, **own[method]}
+
+
+def quantized(config: dict[str, Any], quantization: dict[str, Any]) -> tuple[Weights, Weights]:
+    """Tensors of a random checkpoint whose projections are packed, and the weights that they stand for in float32."""
+    tensors = tiny_checkpoint.weights(config, "F16")
+    weights = dict(tensors)
+    bits, group, method = (quantization[key] for key in ("bits", "group_size", "quant_method"))
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors.pop(name).shape
+        matrix = random_matrix(rows, columns, bits=bits, group=group, symmetric=method == "gptq", seed=zlib.crc32(name.encode()) & 0xFFFF)
+        weights[name] = matrix.weights
+        parts = gptq(matrix, bits) if method == "gptq" else awq(matrix)
+        tensors |= {f"{name.removesuffix('.weight')}.{end}": part for end, part in parts.items()}
+    return tensors, weights
+
+
+def checkpoint(folder: Path, config: dict[str, Any], quantization: dict[str, Any], *, shards: int = 1) -> tuple[Path, Path]:
+    """A folder with a packed checkpoint in it, and one with the same weights in float32."""
+    tensors, weights = quantized(config, quantization)
+    source = tiny_checkpoint.write(folder / "packed", config | {"quantization_config": quantization}, tensors, dtype="F16", shards=shards)
+    return source, tiny_checkpoint.write(folder / "plain", config | {"torch_dtype": "float32"}, weights, dtype="F32")

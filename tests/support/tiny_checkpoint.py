@@ -56,7 +56,7 @@ def fused(weights: Weights) -> Weights:
 
 
 def write(folder: Path, config: dict[str, Any], tensors: Weights, *, dtype: str = "BF16", shards: int = 1) -> Path:
-    """The folder; its tensors dealt out to `shards` in turn."""
+    """The folder; its tensors dealt out to `shards` in turn. Those in float32 become `dtype`, all others are kept."""
     folder.mkdir(parents=True)
     for name, content in (
         ("config", config),
@@ -85,8 +85,9 @@ def _write_safetensors(path: Path, tensors: Weights, dtype: str) -> None:
     raws: list[bytes] = []
     offset = 0
     for name, value in tensors.items():
-        raws.append(_raw(value, dtype))
-        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [offset, offset + len(raws[-1])]}
+        kept = {"int32": "I32", "float16": "F16"}.get(value.dtype.name)
+        raws.append(value.tobytes() if kept else _raw(value, dtype))
+        header[name] = {"dtype": kept or dtype, "shape": value.shape, "data_offsets": [offset, offset + len(raws[-1])]}
         offset += len(raws[-1])
     raw = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + b"".join(raws))
