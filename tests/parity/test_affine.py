@@ -22,13 +22,7 @@ UNSIGNED = {"F32": (mx.uint32, np.uint32), "F16": (mx.uint16, np.uint16), "BF16"
 TYPES = st.sampled_from(["F32", "F16", "BF16"])
 
 
-@pytest.fixture(autouse=True)
-def processor() -> Any:
-    """On a GPU, MLX rounds otherwise."""
-    before = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_processor")
 
 
 def bits_of(array: mx.array, dtype: str) -> Bits:

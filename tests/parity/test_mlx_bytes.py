@@ -1,4 +1,4 @@
-"""Our MLX folders against mlx_lm.convert, bit by bit, and against what mlx_lm loads."""
+"""Our MLX folders against mlx_lm.convert on a processor, bit by bit, and against what mlx_lm loads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen2_converters.convert import check, convert
-from qwen2_converters.mlx import write_mlx
+from qwen2_converters import mlx
+from qwen2_converters.convert import convert
 from qwen2_converters.target import Target
-from qwen2_local.formats.checkpoint import open_checkpoint
 from tests.support import random_qwen2, tiny_checkpoint
 
 mlx_lm = pytest.importorskip("mlx_lm")
+
+pytestmark = pytest.mark.usefixtures("on_processor")
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "tied": (tiny_checkpoint.dense(), "BF16"),
@@ -40,13 +41,18 @@ def same(ours: dict[str, mx.array], theirs: dict[str, mx.array]) -> None:
     assert [name for name in theirs if not mx.array_equal(ours[name].view(mx.uint8), theirs[name].view(mx.uint8)).item()] == []
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_it_is_what_mlx_lm_makes(case: str, bits: int, tmp_path: Path) -> None:
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("case", "bits", "group"),
+    [*((case, bits, 64) for case in CASES for bits in (4, 8)), *(("odd rows", bits, group) for bits in BITS for group in (32, 64, 128))],
+)
+def test_it_is_what_mlx_lm_makes(case: str, bits: int, group: int, tmp_path: Path) -> None:
     config, dtype = CASES[case]
     folder = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config, dtype), dtype=dtype, shards=2)
-    ours = convert(folder, Target("mlx", f"{bits}bit"), tmp_path / "ours")
-    mlx_lm.convert(str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=bits, q_group_size=64)
+    ours = convert(folder, Target.parse(f"mlx:{bits}bit-g{group}"), tmp_path / "ours")
+    mlx_lm.convert(str(folder), str(tmp_path / "theirs"), quantize=True, q_bits=bits, q_group_size=group)
     same(load(ours), load(tmp_path / "theirs"))
     made, wanted = (json.loads((path / "config.json").read_text()) for path in (ours, tmp_path / "theirs"))
     # mlx_lm writes what it has merged with generation_config.json, which lies beside.
@@ -55,16 +61,17 @@ def test_it_is_what_mlx_lm_makes(case: str, bits: int, tmp_path: Path) -> None:
     assert index == json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
 
 
-@pytest.mark.parametrize("weights", ["bf16", "f32"])
-def test_plain_weights_are_kept(weights: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weights", "dtype"), [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "float32")])
+@pytest.mark.parametrize("source", ["BF16", "F16", "F32"])
+def test_plain_weights_are_rounded_once(source: str, weights: str, dtype: str, tmp_path: Path) -> None:
     config = tiny_checkpoint.dense(dtype="bfloat16")
-    values = tiny_checkpoint.weights(config)
-    ours = convert(tiny_checkpoint.write(tmp_path / "hf", config, values), Target("mlx", weights), tmp_path / "ours")
-    kind = {"bf16": mx.bfloat16, "f32": mx.float32}[weights]
-    same(load(ours), {name: mx.array(value).astype(kind) for name, value in values.items()})
+    values = tiny_checkpoint.weights(config, source)
+    ours = convert(tiny_checkpoint.write(tmp_path / "hf", config, values, dtype=source), Target("mlx", weights), tmp_path / "ours")
+    same(load(ours), {name: mx.array(value).astype(getattr(mx, dtype)) for name, value in values.items()})
     made = json.loads((ours / "config.json").read_text())
-    assert {made["dtype"], made["torch_dtype"]} == {"bfloat16" if weights == "bf16" else "float32"}
+    assert (made["dtype"], made["torch_dtype"]) == (dtype, dtype)
     assert "quantization" not in made
+    assert mlx_lm.utils.load_model(ours)[0].model.norm.weight.dtype == getattr(mx, dtype)
 
 
 @pytest.mark.parametrize("layout", ["each", "fused"])
@@ -86,22 +93,27 @@ def test_experts_are_stacked_and_gates_kept(layout: str, weights: str, tmp_path:
             want |= dict(zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True))
     same(load(ours), want)
     model, _ = mlx_lm.utils.load_model(ours)
+    assert not hasattr(model.layers[0].mlp.gate, "scales") and not hasattr(model.layers[0].mlp.shared_expert_gate, "scales")
     if target.bits:  # MLX multiplies stacked experts on a processor only in float32, or quantized
         assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])).astype(mx.float32))).all()
 
 
-def test_shards_and_their_index(tmp_path: Path) -> None:
+def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_checkpoint.dense()
     folder = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config))
-    checkpoint, plan = check(folder, Target("mlx", "4bit"))
-    split, whole = tmp_path / "split", tmp_path / "whole"
-    split.mkdir()
-    write_mlx(checkpoint, plan, split, lambda *_: None, shard=40_000)
-    convert(folder, Target("mlx", "4bit"), whole)
-    shards = sorted(path.name for path in split.glob("*.safetensors"))
-    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    whole = convert(folder, Target("mlx", "mixed_3_6"), tmp_path / "whole")
+    monkeypatch.setattr(mlx, "SHARD", 34_000)
+    split = convert(folder, Target("mlx", "mixed_3_6"), tmp_path / "split")
+    shards = {path.name: dict(mx.load(str(path))) for path in split.glob("*.safetensors")}
+    count = len(shards)
+    assert count > 2 and sorted(shards) == [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    assert max(sum(array.nbytes for array in tensors.values()) for tensors in shards.values()) <= 34_000
     same(load(split), load(whole))
-    assert open_checkpoint(split).weight_bytes == plan.nbytes
+    index = json.loads((split / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in load(whole).values())
+    one, many = (mlx_lm.utils.load_model(path)[0](mx.array([[1, 2, 3]])) for path in (whole, split))
+    assert mx.array_equal(one, many).item()
 
 
 def test_defaults_that_mlx_lm_guesses_otherwise_are_spelled_out(tmp_path: Path) -> None:
