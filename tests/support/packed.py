@@ -29,9 +29,17 @@ class Matrix:
     @property
     def weights(self) -> Array:
         """float32, exact."""
-        spread = self.codes.shape[1] // self.scales.shape[1]
-        scales, zeros = (np.repeat(value.astype(np.float32), spread, axis=1) for value in (self.scales, self.zeros))
+        scales, zeros = self._spread(self.scales), self._spread(self.zeros)
         return scales * (self.codes.astype(np.float32) - zeros)
+
+    @property
+    def with_minima(self) -> Array:
+        """What becomes of them where scale * zero is kept in 16 bits."""
+        minima = (self.scales.astype(np.float32) * -self.zeros).astype(np.float16)
+        return self._spread(self.scales) * self.codes + self._spread(minima)
+
+    def _spread(self, values: Array) -> Array:
+        return np.repeat(values.astype(np.float32), self.codes.shape[1] // self.scales.shape[1], axis=1)
 
 
 def random_matrix(rows: int, columns: int, *, bits: int = 4, group: int = 128, symmetric: bool = True, seed: int = 0, spread: float = 0.0) -> Matrix:
@@ -78,22 +86,22 @@ def settings(method: Literal["gptq", "awq"], bits: int = 4, group: int = 128) ->
     return {"quant_method": method, "bits": bits, "group_size": group, "modules_in_block_to_quantize": None, **own[method]}
 
 
-def quantized(config: dict[str, Any], quantization: dict[str, Any]) -> tuple[Weights, Weights]:
-    """Tensors of a random checkpoint whose projections are packed, and the weights that they stand for in float32."""
+def quantized(config: dict[str, Any], quantization: dict[str, Any], *, minima: bool = False) -> tuple[Weights, Weights]:
+    """Tensors of a random checkpoint whose projections are packed, and the weights that they stand for in float32, or those `with_minima`."""
     tensors = tiny_checkpoint.weights(config, "F16")
     weights = dict(tensors)
     bits, group, method = (quantization[key] for key in ("bits", "group_size", "quant_method"))
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         rows, columns = tensors.pop(name).shape
         matrix = random_matrix(rows, columns, bits=bits, group=group, symmetric=method == "gptq", seed=zlib.crc32(name.encode()) & 0xFFFF)
-        weights[name] = matrix.weights
+        weights[name] = matrix.with_minima if minima else matrix.weights
         parts = gptq(matrix, bits) if method == "gptq" else awq(matrix)
         tensors |= {f"{name.removesuffix('.weight')}.{end}": part for end, part in parts.items()}
     return tensors, weights
 
 
-def checkpoint(folder: Path, config: dict[str, Any], quantization: dict[str, Any], *, shards: int = 1) -> tuple[Path, Path]:
+def checkpoint(folder: Path, config: dict[str, Any], quantization: dict[str, Any], *, shards: int = 1, minima: bool = False) -> tuple[Path, Path]:
     """A folder with a packed checkpoint in it, and one with the same weights in float32."""
-    tensors, weights = quantized(config, quantization)
+    tensors, weights = quantized(config, quantization, minima=minima)
     source = tiny_checkpoint.write(folder / "packed", config | {"quantization_config": quantization}, tensors, dtype="F16", shards=shards)
     return source, tiny_checkpoint.write(folder / "plain", config | {"torch_dtype": "float32"}, weights, dtype="F32")
