@@ -26,6 +26,7 @@ from qwen2_local.manifest import Manifest
 
 _MANIFEST = "manifest.json"
 _FETCHED = "fetched"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?", re.ASCII)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(:[a-z0-9][a-z0-9._-]*)?")
 
 
@@ -70,7 +71,7 @@ class Store:
 
     def get(self, name: str) -> Installed:
         """The model of exactly this name, usable. Raises UnknownModel, UnsupportedModel (newer version), BadFile (a file missing or cut short)."""
-        folder = self._folder(name)
+        folder = self.place(name)
         if not _is_model(folder):
             raise UnknownModel(f'no model is called "{name}".', hint="See `qwen2-local ls`.")
         manifest = _read(folder, name)
@@ -84,7 +85,7 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Deletes a model, whole or not at all. Raises UnknownModel, UsageError if the store cannot be written."""
-        folder = self._folder(name)
+        folder = self.place(name)
         if not _is_model(folder):
             raise UnknownModel(f'no model is called "{name}".', hint="See `qwen2-local ls`.")
         self._require_writable()
@@ -107,7 +108,7 @@ class Store:
     @contextmanager
     def reserve(self, name: str) -> Iterator[Path]:
         """The folder that will be the model `name`, for whoever makes it himself: nobody else makes it during the block. Raises as `add` does."""
-        folder = self._folder(name)
+        folder = self.place(name)
         self._require_writable()
         with files.lock(folder.with_name(f".{folder.name}.lock"), what=name):
             yield folder
@@ -130,11 +131,9 @@ class Store:
         A block that ends well without a manifest has no more use for it: then it goes. replace: take the place of the model `name`, if there
         is one, at the very end. Raises as `add` does.
         """
-        folder = self._folder(name)
-        self._require_writable()
-        if not replace:
-            files.refuse_existing(folder)
-        with files.disk_errors(folder), files.partial(folder) as kept:
+        with self.reserve(name) as folder, files.disk_errors(folder), files.partial(folder) as kept:
+            if not replace:
+                files.refuse_existing(folder)
             made = kept / _FETCHED
             made.mkdir(mode=0o700, exist_ok=True)
             draft = Draft(made)
@@ -142,17 +141,17 @@ class Store:
             if draft.manifest is not None:
                 if draft.manifest.name != name:
                     raise ValueError(f"the draft of {name} has the manifest of {draft.manifest.name}")
-                files.write_atomic(made / _MANIFEST, draft.manifest.dump())
-                Manifest.read(made / _MANIFEST)
+                self.seal(made, draft.manifest)
                 files.sync_tree(made)
                 files.publish(made, folder, overwrite=replace)
             files.remove_folder(kept)
 
     def unfinished(self, name: str) -> Path:
         """Where `resume` keeps what there is of `name` so far; perhaps not there."""
-        return files.partial_of(self._folder(name)) / _FETCHED
+        return files.partial_of(self.place(name)) / _FETCHED
 
-    def _folder(self, name: str) -> Path:
+    def place(self, name: str) -> Path:
+        """The folder of the model `name`, there or not. Raises UsageError for an impossible name."""
         if not _NAME.fullmatch(name) or len(name) > 100:
             raise UsageError(f"{name[:100]!r} is no name for a model.", hint="Names look like 7b, 0.5b:q4_0 or my-model.")
         return self.folder / name.replace(":", "@")
@@ -207,10 +206,13 @@ class ModelRef:
 GUIDE = "guide"
 """The name of the built-in model."""
 
-GUIDE_TARGETS = {
-    "f32": "gguf:f32", "f16": "gguf:f16", "q8_0": "gguf:q8_0", "q4_0": "gguf:q4_0",
-    "mlx-f32": "mlx:f32", "mlx-bf16": "mlx:bf16", "mlx-8bit": "mlx:8bit", "mlx-4bit": "mlx:4bit",
-}  # fmt: skip
+_GGUF = (
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+)  # fmt: skip
+_MLX = ("f32", "bf16", "f16", "8bit", "6bit", "5bit", "4bit", "3bit", "2bit", "mixed_4_6", "mixed_3_6", "mixed_3_4", "mixed_2_6")
+
+GUIDE_TARGETS = {**{level: f"gguf:{level}" for level in _GGUF}, **{f"mlx-{weights}": f"mlx:{weights}" for weights in _MLX}}
 """What "guide:LABEL" is converted to: every target of the converters."""
 
 
@@ -235,6 +237,8 @@ def resolve(name: str, store: Store | None = None) -> ModelRef:
             return _file_ref(path)
         if path.is_dir():
             return _folder_ref(path)
+        if installed := _pulled(name, store or Store()):
+            return installed
     except OSError as error:
         # A whole prompt in the place of the name is no file.
         if error.errno != errno.ENAMETOOLONG:
@@ -267,6 +271,8 @@ def _installed(name: str, store: Store) -> ModelRef | None:
         model, quantization = known
         wanted = f"{model.name}:{quantization}" if quantization else model.name
         candidates = [one for one in names if one == wanted or (not quantization and one.startswith(f"{wanted}:"))]
+        if len(candidates) > 1:  # the original beside what was made of it
+            candidates = [one for one in candidates if not one.endswith(":original")]
         if len(candidates) > 1:
             raise UnknownModel(f'"{name}" is installed as {_and(candidates)}.', hint="Name one of them.")
         name = candidates[0] if candidates else name
@@ -275,6 +281,12 @@ def _installed(name: str, store: Store) -> ModelRef | None:
     found = store.get(name)
     assert found.manifest is not None
     return ModelRef(name, found.manifest.format, found.path, "installed", manifest=found.manifest)
+
+
+def _pulled(id: str, store: Store) -> ModelRef | None:
+    """The one model that is from the hub's repository `id` ("Qwen/Qwen2-0.5B-Instruct-GGUF"), if there is exactly one."""
+    names = [one.name for one in store.list() if one.manifest and one.manifest.source.lower() == id.lower()]
+    return _installed(names[0], store) if len(names) == 1 else None
 
 
 def _file_ref(path: Path) -> ModelRef:
@@ -305,6 +317,10 @@ def _unknown(name: str, looks_like_path: bool, store: Store) -> UnknownModel:
     if known:
         model, level = known
         return UnknownModel(f"{model.title} is not installed.", hint=f"Get it with {how_to_get(model, level)}")
+    if _HUB_ID.fullmatch(name):
+        return UnknownModel(
+            f"there is no file or folder {name[:200]}.", hint=f"Of a hub? `qwen2-local pull {name}` fetches it. See `qwen2-local ls`."
+        )
     if looks_like_path or name.endswith(".gguf"):
         return UnknownModel(f"there is no file or folder {name[:200]}.", hint="Check the name, or see `qwen2-local ls`.")
     here = [GUIDE, *(installed.name for installed in store.list())]
@@ -313,7 +329,7 @@ def _unknown(name: str, looks_like_path: bool, store: Store) -> UnknownModel:
     sizes = _and([size.name for size in SIZES])
     return UnknownModel(
         f'no model is called "{name[:100]}".',
-        hint=f"{ask}Qwen2 comes as {sizes}; installed here: {', '.join(here)}.\n  See `qwen2-local ls`.",
+        hint=f"{ask}Qwen2 comes as {sizes}; installed here: {', '.join(here)}.\n  See `qwen2-local ls` and `qwen2-local pull --help`.",
     )
 
 

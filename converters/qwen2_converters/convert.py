@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen2_converters.destination import check_destination
-from qwen2_converters.making import OnProgress, Options, Progress, Wanted, check, kept_bytes, make, name_of
+from qwen2_converters.making import OnProgress, Options, Progress, Wanted, check, make, name_of
 from qwen2_converters.target import Target
 from qwen2_local.errors import UsageError
 from qwen2_local.files import refuse_existing
 
-__all__ = ["OnProgress", "Options", "Progress", "check", "convert", "convert_all", "kept_bytes", "name_of"]
+__all__ = ["OnProgress", "Options", "Progress", "check", "convert", "convert_all", "name_of"]
 
 _FILE = "model.gguf"  # while it is made
 

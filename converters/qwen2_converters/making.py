@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from qwen2_converters.arriving import Arrivals
-from qwen2_converters.blocks import Delta, Job, convert_blocks
+from qwen2_converters.blocks import Job, convert_blocks
 from qwen2_converters.companions import check_companions
 from qwen2_converters.gguf import gguf_job
+from qwen2_converters.imatrix import Importance, read_importance
+from qwen2_converters.lora import open_adapter
+from qwen2_converters.merge import Merge
 from qwen2_converters.mlx import mlx_job
 from qwen2_converters.plan import make_plan
 from qwen2_converters.planned import Plan
@@ -44,14 +47,17 @@ OnProgress = Callable[[Progress], None]
 class Options:
     """How to convert, beyond the targets.
 
-    name: what to call the model in a GGUF file; by default the source's folder. pad_ffn, yarn: see `make_plan`; for GGUF targets.
-    delta: added to the weights. arrivals: fetches the weights meanwhile.
+    name, url: what to call the model in a GGUF file, by default as the source's folder, and where it is from. imatrix: the file of an
+    importance matrix; this and pad_ffn, yarn (see `make_plan`) are for GGUF targets. lora: the folder of a PEFT adapter to merge.
+    arrivals: fetches the weights meanwhile.
     """
 
     name: str = ""
+    url: str = ""
+    imatrix: Path | None = None
     pad_ffn: bool = False
     yarn: bool = False
-    delta: Delta | None = None
+    lora: Path | None = None
     arrivals: Arrivals | None = None
 
 
@@ -89,16 +95,18 @@ def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnPro
         if not files.partial_of(one.final).exists():
             one.refuse()  # before any work
     checkpoint, plans = _checked(source, [one.target for one in wanted], options)
+    importance = read_importance(options.imatrix, checkpoint.config) if options.imatrix else None
+    merge = _merge(checkpoint, options.lora) if options.lora else None
     total = sum(plan.nbytes for plan in plans)
     report(Progress("checking", 0, total))
     for folder in {one.final.parent for one in wanted}:
         files.sweep(folder)
-    jobs = [_job(checkpoint, plan, one, options) for one, plan in zip(wanted, plans, strict=True)]
+    jobs = [_job(checkpoint, plan, one, options, importance) for one, plan in zip(wanted, plans, strict=True)]
+    origin = _origin(checkpoint, options, merge)
     with ExitStack() as stack:
         makings: list[_Making] = []
         for one, job in zip(wanted, jobs, strict=True):
-            fingerprint = _fingerprint(checkpoint, job, options)
-            makings.append(_Making(one, job, stack.enter_context(staged(one.final, job, fingerprint, file=one.bare))))
+            makings.append(_Making(one, job, stack.enter_context(staged(one.final, job, _fingerprint(origin, job), file=one.bare))))
         left = [making for making in makings if not making.staging.published]
         with _tidied(left):
             for making in left:
@@ -106,7 +114,7 @@ def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnPro
             _require_free(left)
         arrivals = _Watched(options.arrivals) if options.arrivals else None
         with _tidied(left, DoesNotFit, BadFile, unless=arrivals), _disk_errors(left):
-            _write(checkpoint, left, options, arrivals, report)
+            _write(checkpoint, left, arrivals, merge, report)
         report(Progress("publishing", total, total))
         with _tidied(left):
             for making in left:
@@ -121,11 +129,6 @@ def check(source: Path, target: Target, options: Options | None = None) -> tuple
     """The validated checkpoint in the folder `source`, and what converting it will write. Reads no weights; raises as `convert` does."""
     checkpoint, plans = _checked(source, [target], options or Options())
     return checkpoint, plans[0]
-
-
-def kept_bytes(final: Path) -> int:
-    """Bytes of unfinished work on `final` that are kept on the disk. The same call of `make` goes on with it."""
-    return files.used_bytes(files.partial_of(final))
 
 
 def name_of(source: Path) -> str:
@@ -146,30 +149,41 @@ def _checked(source: Path, targets: Sequence[Target], options: Options) -> tuple
     for target in targets:
         # What is for GGUF alone is refused where there is no such target.
         for_gguf = target.format == "gguf" or not gguf
-        plans.append(make_plan(checkpoint, target, pad_ffn=options.pad_ffn and for_gguf, yarn=options.yarn and for_gguf))
+        plans.append(make_plan(
+            checkpoint, target,
+            imatrix=options.imatrix is not None and for_gguf, pad_ffn=options.pad_ffn and for_gguf, yarn=options.yarn and for_gguf,
+        ))  # fmt: skip
     check_companions(checkpoint)
     return checkpoint, plans
 
 
-def _job(checkpoint: Checkpoint, plan: Plan, wanted: Wanted, options: Options) -> Job:
+def _job(checkpoint: Checkpoint, plan: Plan, wanted: Wanted, options: Options, importance: Importance | None) -> Job:
     if wanted.target.format == "mlx":
         return mlx_job(checkpoint, plan)
-    return gguf_job(checkpoint, plan, name=options.name or name_of(checkpoint.folder), file=wanted.file)
+    name = options.name or name_of(checkpoint.folder)
+    return gguf_job(checkpoint, plan, name=name, file=wanted.file, importance=importance, url=options.url)
 
 
-def _fingerprint(checkpoint: Checkpoint, job: Job, options: Options) -> str:
-    """Of all that decides an output's bytes. Equal ones may be made in several runs."""
-    lines = [__version__, _version("llama-cpp-python"), str(job.plan), *(_identity(shard, options) for shard in checkpoint.shards)]
-    lines += [f"{file.name} {file.size} {hashlib.sha256(file.header).hexdigest()}" for file in job.files]
-    lines.append(options.delta.identity if options.delta else "")
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+def _merge(checkpoint: Checkpoint, folder: Path) -> Merge:
+    merge = Merge(open_adapter(folder, checkpoint.config))
+    merge.check(checkpoint)
+    return merge
 
 
-def _identity(shard: Path, options: Options) -> str:
-    if options.arrivals:  # it may come and go meanwhile
-        return f"{shard.name} {options.arrivals.identity}"
-    state = shard.stat()
-    return f"{shard} {state.st_size} {state.st_mtime_ns}"
+def _origin(checkpoint: Checkpoint, options: Options, merge: Merge | None) -> list[str]:
+    """All that decides the bytes of an output, but for the plan and the header."""
+    origin = [__version__, _version("llama-cpp-python")]
+    for shard in checkpoint.shards:
+        state = shard.stat()
+        # One that is fetched meanwhile may come and go.
+        origin.append(f"{shard.name} {options.arrivals.identity}" if options.arrivals else f"{shard} {state.st_size} {state.st_mtime_ns}")
+    return [*origin, files.sha256(options.imatrix) if options.imatrix else "", merge.identity if merge else ""]
+
+
+def _fingerprint(origin: Sequence[str], job: Job) -> str:
+    """Outputs of one fingerprint have the same bytes, whichever runs make them."""
+    headers = (f"{file.name} {file.size} {hashlib.sha256(file.header).hexdigest()}" for file in job.files)
+    return hashlib.sha256("\n".join((*origin, str(job.plan), *headers)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _version(package: str) -> str:
@@ -198,7 +212,7 @@ def _disk_errors(makings: Sequence[_Making]) -> Iterator[None]:
         yield
 
 
-def _write(checkpoint: Checkpoint, makings: Sequence[_Making], options: Options, arrivals: Arrivals | None, report: OnProgress) -> None:
+def _write(checkpoint: Checkpoint, makings: Sequence[_Making], arrivals: Arrivals | None, merge: Merge | None, report: OnProgress) -> None:
     total = sum(making.job.plan.nbytes for making in makings)
     done = 0
 
@@ -213,8 +227,8 @@ def _write(checkpoint: Checkpoint, makings: Sequence[_Making], options: Options,
             output, journal = stack.enter_context(opened(making.staging, making.job))
             outputs.append(output)
             journals.append(journal)
-            done += finished_bytes(making.job.plan, journal.finished)
-        convert_blocks(checkpoint, outputs, advance, threads=min(cpu.cores(), _MOST_THREADS), arrivals=arrivals, delta=options.delta)
+            done += _finished_bytes(making.job.plan, journal.finished)
+        convert_blocks(checkpoint, outputs, advance, threads=min(cpu.cores(), _MOST_THREADS), arrivals=arrivals, delta=merge)
         for making, journal in zip(makings, journals, strict=True):
             _finish(checkpoint, making)
             journal.whole()
@@ -232,7 +246,7 @@ def _finish(checkpoint: Checkpoint, making: _Making) -> None:
     files.sync_tree(folder)
 
 
-def finished_bytes(plan: Plan, finished: frozenset[int]) -> int:
+def _finished_bytes(plan: Plan, finished: frozenset[int]) -> int:
     """Bytes of the pieces in `finished`, which are counted as `Ledger` does."""
     pieces = ((tensor.nbytes // tensor.row_count * rows.count) for tensor in plan.tensors for rows in tensor.rows)
     return sum(nbytes for number, nbytes in enumerate(pieces) if number in finished)

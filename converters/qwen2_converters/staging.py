@@ -1,8 +1,8 @@
 """An output in the making: a folder beside its future place that survives a crash, with a journal of what is finished.
 
-    .qwen2-partial-NAME/lock       held by the process that works on it
-    .qwen2-partial-NAME/journal    see `journal`
-    .qwen2-partial-NAME/made/      what will be published: this folder, or the one file in it
+.qwen2-partial-NAME/lock       held by the process that works on it
+.qwen2-partial-NAME/journal    see `journal`
+.qwen2-partial-NAME/made/      what will be published: this folder, or the one file in it
 """
 
 from __future__ import annotations

@@ -2,48 +2,103 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qwen2_local import store
+from qwen2_local import files, store
 from qwen2_local.cli import output
 from qwen2_local.errors import UsageError
+
+if TYPE_CHECKING:
+    from qwen2_converters.target import Target
+
+_PATH = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("source")
-@click.option("--to", "target", required=True, metavar="TARGET", help="gguf:f32, f16, q8_0 or q4_0; mlx:f32, bf16, 8bit or 4bit.")
-@click.option("-o", "--output", "destination", type=click.Path(path_type=Path), help="A GGUF file, or an MLX folder. Default: in this folder.")
-@click.option("--name", metavar="NAME", help="Install it instead, under a name for `run`, `ls` and `rm`: 0.5b:q4_0, say.")
+@click.option("--to", "targets", required=True, multiple=True, metavar="TARGET", help="gguf:q4_k_m, mlx:4bit …; several make each, of one read.")
+@click.option("-o", "--output", "destination", type=_PATH, help="A GGUF file, or an MLX folder; of several, the folder for all. Default: here.")
+@click.option("--name", metavar="NAME", help="Install it instead, under a name for `run`, `ls` and `rm`; of several, as NAME:q4_k_m and so on.")
 @click.option("--force", is_flag=True, help="Replace the GGUF file or MLX folder that is there.")
-def convert(source: str, target: str, destination: Path | None, name: str | None, force: bool) -> None:
-    """Convert SOURCE, a Qwen2 checkpoint as a Hugging Face folder, to TARGET. Nothing half-made is ever left."""
+@click.option("--imatrix", type=_PATH, metavar="FILE", help="An importance matrix to quantize with (GGUF).")
+@click.option("--pad-ffn", is_flag=True, help="Pad the FFN with zeros to whole blocks of 256: the same model, k-quants for 72B (GGUF).")
+@click.option("--yarn", is_flag=True, help="Stretch the context as the model's makers announced (GGUF).")
+@click.option("--lora", type=_PATH, metavar="ADAPTER", help="Merge a PEFT LoRA adapter, a folder, into the weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each target.")
+def convert(
+    source: str, targets: Sequence[str], destination: Path | None, name: str | None, force: bool,
+    imatrix: Path | None, pad_ffn: bool, yarn: bool, lora: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert SOURCE, a Qwen2 checkpoint as a Hugging Face folder, to TARGET. Nothing half-made ever has its name; what is stopped goes on."""
     if name is not None and (destination is not None or force):
         raise click.UsageError("--name installs the model: it goes with neither -o nor --force.")
-    from qwen2_converters.convert import Progress, name_of
-    from qwen2_converters.convert import convert as run_conversion
-    from qwen2_converters.install import install
+    from qwen2_converters.convert import Options, Progress, convert_all, name_of
+    from qwen2_converters.install import install_all
     from qwen2_converters.target import Target
 
-    wanted = Target.parse(target)
+    wanted = [Target.parse(target) for target in targets]
     ref = store.resolve(source)
     if ref.origin == "installed":
         raise UsageError(f"{ref.label} is installed, so it has been converted already.", hint="Conversions start from the original folder.")
+    options = Options(imatrix=imatrix, pad_ffn=pad_ffn, yarn=yarn, lora=lora)
+    models = store.Store()
+    if name is None:
+        names = [""] * len(wanted)
+        places = _places(wanted, destination, name_of(ref.path))
+    else:
+        names = _names([target.label for target in wanted], name.lower())
+        places = [models.place(one) for one in names]
     started = time.monotonic()
-    with output.Status() as status:
+    with _kept(places), output.Status() as status:
 
         def report(progress: Progress) -> None:
             status.bytes(progress.phase, progress.done, progress.total)
 
-        if name is not None:
-            made = install(ref.path, wanted, store.Store(), name.lower(), progress=report)
-            size, what = made.size, f"{made.name} is installed"
+        if name is None:
+            convert_all(ref.path, list(zip(wanted, places, strict=True)), overwrite=force, progress=report, options=options)
         else:
-            output_name = f"{name_of(ref.path)}-{wanted.label}"
-            destination = destination or Path(f"{output_name}.gguf" if wanted.format == "gguf" else output_name)
-            run_conversion(ref.path, wanted, destination, overwrite=force, progress=report)
-            size = sum(file.stat().st_size for file in destination.iterdir()) if destination.is_dir() else destination.stat().st_size
-            what = str(destination)
-    output.note(f"{what}: {output.gigabytes(size)} in {time.monotonic() - started:.1f} s")
+            install_all(ref.path, list(zip(wanted, names, strict=True)), models, progress=report, options=options)
+    seconds = time.monotonic() - started
+    for target, place, installed in zip(wanted, places, names, strict=True):
+        size = sum(file.stat().st_size for file in place.iterdir() if file.name != "manifest.json") if place.is_dir() else place.stat().st_size
+        if as_json:
+            made: dict[str, object] = {"path": str(place.absolute()), "type": str(target), "bytes": size, "seconds": round(seconds, 2)}
+            print(json.dumps(made | ({"name": installed} if installed else {}), ensure_ascii=False))
+        else:
+            output.note(f"{f'{installed} is installed' if installed else place}: {output.gigabytes(size)} in {seconds:.1f} s")
+
+
+def _places(wanted: Sequence[Target], destination: Path | None, stem: str) -> list[Path]:
+    if len(wanted) == 1 and destination is not None:
+        return [destination]
+    folder = destination or Path()
+    if destination is not None and destination.parent.is_dir() and not destination.exists():
+        destination.mkdir()
+    return [folder / f"{stem}-{target.label}{'.gguf' if target.format == 'gguf' else ''}" for target in wanted]
+
+
+def _names(labels: Sequence[str], name: str) -> list[str]:
+    if len(labels) == 1:
+        return [name]
+    if ":" in name:
+        raise UsageError(f"{name} names one model, and there are {len(labels)} targets.", hint=f"--name {name.partition(':')[0]} names each of them.")
+    return [f"{name}:{label}" for label in labels]
+
+
+@contextmanager
+def _kept(places: Sequence[Path]) -> Iterator[None]:
+    """Says after Ctrl-C what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = sum(files.used_bytes(files.partial_of(place)) for place in places)
+        if kept:
+            output.note(f"kept {output.gigabytes(kept)}: run the same command to go on.")
+        raise
