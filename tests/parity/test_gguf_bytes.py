@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,18 @@ import pytest
 
 from qwen2_converters.convert import convert
 from qwen2_converters.keys import gguf_keys
-from qwen2_converters.target import Target
+from qwen2_converters.plan import make_plan
+from qwen2_converters.target import GGUF, Target
 from qwen2_local import backends
-from qwen2_local.backends import llamalib
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.config import parse_config
 from qwen2_local.generation import from_gguf
 from qwen2_local.tokens import Tokenizer
 from qwen2_local.types import Sampling
-from tests.support import qwen2_vocabulary, random_qwen2, small_tokenizer, tiny_checkpoint
+from tests.support import qwen2_vocabulary, small_tokenizer, tiny_checkpoint
+from tests.support.llama_quantize import quantize, tensors, write_plain
 from tests.support.random_qwen2 import Weights
-
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}
 
 CASES: dict[str, tuple[dict[str, Any], str, Callable[[Weights], Weights]]] = {
     "tied, 256 wide": (tiny_checkpoint.dense(hidden_size=256, intermediate_size=512), "BF16", dict),
@@ -35,52 +33,27 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[[Weights], Weights]]] = {
     "untied, 128 wide": (tiny_checkpoint.dense(tie_word_embeddings=False), "F16", dict),
     "odd rows": (tiny_checkpoint.dense(hidden_size=72, intermediate_size=200, tie_word_embeddings=False), "F32", dict),
     "odd rows, tied": (tiny_checkpoint.dense(hidden_size=72, intermediate_size=200), "BF16", dict),
-    "8 experts": (tiny_checkpoint.moe(), "BF16", dict),
+    "8 experts": (tiny_checkpoint.moe(hidden_size=256), "BF16", dict),
     "8 experts, fused": (tiny_checkpoint.moe(), "BF16", tiny_checkpoint.fused),
     "4 experts, 256 wide": (tiny_checkpoint.moe(num_experts=4, hidden_size=256, moe_intermediate_size=256), "F32", dict),
     "4 experts, fused, F16": (tiny_checkpoint.moe(num_experts=4), "F16", tiny_checkpoint.fused),
+    "64 experts": (tiny_checkpoint.moe(num_experts=64, hidden_size=256, moe_intermediate_size=32, num_hidden_layers=1), "BF16", dict),
 }
 
-
-def reference(path: Path, config: dict[str, Any], weights: Weights, file_type: int) -> Path:
-    """A float32 file by gguf-py, quantized by llama.cpp."""
-    moe = config["model_type"] == "qwen2_moe"
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE if moe else gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
-    plain = path.with_suffix(".plain.gguf")
-    writer = gguf.GGUFWriter(str(plain), "qwen2moe" if moe else "qwen2")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if moe:
-        writer.add_expert_count(config["num_experts"])
-        writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    for name, value in random_qwen2.stacked(weights).items():
-        renamed = names.get_name(name.replace(".switch_mlp.", ".experts."), try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(renamed, np.ascontiguousarray(value[0] if "shared_expert_gate" in name else value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    lib = llamalib.library()
-    parameters = lib.llama_model_quantize_default_params()
-    parameters.ftype = file_type
-    parameters.nthread = 1
-    assert lib.llama_model_quantize(str(plain).encode(), str(path).encode(), ctypes.byref(parameters)) == 0
-    return path
+REAL_WIDTHS = tiny_checkpoint.dense(
+    hidden_size=896, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864, num_hidden_layers=1, vocab_size=320
+)
+"""A layer of the 0.5B. benchmarks/gguf_bytes.py compares the whole."""
 
 
 def float32(value: float) -> float:
     return float(np.float32(value))
 
 
-def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {t.name: (t.tensor_type.name, tuple(map(int, t.shape)), t.data.tobytes()) for t in gguf.GGUFReader(path).tensors}
+def assert_same(ours: Path, theirs: Path, what: str) -> None:
+    have, want = tensors(ours), tensors(theirs)
+    assert {name: value[:2] for name, value in have.items()} == {name: value[:2] for name, value in want.items()}, what
+    assert [name for name in want if have[name] != want[name]] == [], what
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,15 +61,26 @@ def test_every_tensor_is_what_llama_cpp_makes(case: str, tmp_path: Path) -> None
     config, dtype, layout = CASES[case]
     weights = tiny_checkpoint.weights(config, dtype)
     folder = tiny_checkpoint.write(tmp_path / "hf", config, layout(weights), dtype=dtype, shards=2)
-    for kind, number in FILE_TYPES.items():
+    plain = write_plain(tmp_path / "plain.gguf", config, weights, dtype)
+    for kind in GGUF:
         ours = convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf")
-        want = tensors(reference(tmp_path / f"{kind}-reference.gguf", config, weights, number))
-        have = tensors(ours)
-        assert {name: value[:2] for name, value in have.items()} == {name: value[:2] for name, value in want.items()}, kind
-        assert [name for name in want if have[name] != want[name]] == [], kind
+        assert_same(ours, quantize(plain, tmp_path / f"{kind}-reference.gguf", kind), kind)
         model = open_gguf(ours)
         assert model.quantization == kind.upper()
-        assert (model.vocabulary, model.context, model.layers) == (config["vocab_size"], config["max_position_embeddings"], 2)
+        assert (model.vocabulary, model.context, model.layers) == (
+            config["vocab_size"],
+            config["max_position_embeddings"],
+            config["num_hidden_layers"],
+        )
+
+
+def test_a_real_layer_is_what_llama_cpp_makes(tmp_path: Path) -> None:
+    weights = tiny_checkpoint.weights(REAL_WIDTHS)
+    folder = tiny_checkpoint.write(tmp_path / "hf", REAL_WIDTHS, weights)
+    plain = write_plain(tmp_path / "plain.gguf", REAL_WIDTHS, weights, "BF16")
+    for kind in ("q4_k_m", "q3_k_m", "q4_0"):
+        ours = convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf")
+        assert_same(ours, quantize(plain, tmp_path / f"{kind}-reference.gguf", kind), kind)
 
 
 @pytest.mark.parametrize("case", ["tied, 128 wide", "8 experts", "8 experts, fused"])
@@ -115,7 +99,9 @@ def test_keys(tmp_path: Path) -> None:
     config = tiny_checkpoint.dense(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768})
     weights = tiny_checkpoint.weights(config)
     folder = tiny_checkpoint.write(tmp_path / "Tiny-Qwen2", config, weights)
-    (folder / "README.md").write_text("---\nlanguage:\n- en\nlicense: apache-2.0\nlicense_link: https://example.org/x\n---\n# Tiny\nlicense: other\n")
+    (folder / "README.md").write_text(
+        "---\nlanguage:\n- en\nlicense: apache-2.0\nlicense_link: https://example.org/x\nbase_model: Qwen/Qwen2-0.5B\ntags: [chat]\n---\n# Tiny\nlicense: x\n"
+    )
     reader = gguf.GGUFReader(convert(folder, Target("gguf", "q8_0"), tmp_path / "model.gguf"))
     assert not [name for name in reader.fields if reader.fields[name].contents() is None]
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(("tokenizer", "GGUF"))}
@@ -126,6 +112,12 @@ def test_keys(tmp_path: Path) -> None:
         "general.size_label": gguf.size_label(sum(value.size for value in weights.values()), 0, 0, 0),
         "general.license": "apache-2.0",
         "general.license.link": "https://example.org/x",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Qwen2 0.5B",
+        "general.base_model.0.organization": "Qwen",
+        "general.base_model.0.repo_url": "https://huggingface.co/Qwen/Qwen2-0.5B",
+        "general.tags": ["chat"],
+        "general.languages": ["en"],
         "general.file_type": 7,
         "general.quantization_version": 2,
         "general.sampling.temp": float32(0.7),
@@ -178,7 +170,7 @@ def test_the_real_tokenizer(tmp_path: Path) -> None:
     qwen2_vocabulary.write_real_tokenizer(tmp_path)
     raw = tiny_checkpoint.dense(vocab_size=qwen2_vocabulary.EMBEDDINGS, bos_token_id=151643, eos_token_id=151645)
     checkpoint = Checkpoint(tmp_path, "hf", parse_config(raw, tmp_path), raw, {}, ())
-    ours = gguf_keys(checkpoint, Target("gguf", "q4_0"), "Qwen2-0.5B-Instruct")
+    ours = gguf_keys(checkpoint, make_plan(checkpoint, Target("gguf", "q4_0")), "Qwen2-0.5B-Instruct")
     # The files of 2024 call padding user-defined; llama.cpp's script has called it unused since.
     types = [1] * 151643 + [3] * 3 + [5] * (qwen2_vocabulary.EMBEDDINGS - qwen2_vocabulary.TOKENS)
     for key, value in (qwen2_vocabulary.gguf_keys() | {"tokenizer.ggml.token_type": types}).items():
