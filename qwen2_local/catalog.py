@@ -188,17 +188,8 @@ def defaults_of(hidden: int, layers: int, names: Sequence[str], *, chats: bool) 
 
 
 def how_to_get(model: CatalogModel, level: str | None = None) -> str:
-    """The commands that fetch a checkpoint today, for a person to copy; `level`: the GGUF quantization asked for."""
-    size = model.size
-    if not model.instruct:
-        return f"`hf download {model.repo} --local-dir {model.title}`, then `qwen2-local run ./{model.title}`."
-    level = level if level in GGUF_LEVELS else size.recommended
-    repo = model.variant_repo("GGUF")
-    if size.shards > 4:
-        # The large ones are split, into how many parts only the hub knows, and not there in every level.
-        fetch = f'`hf download {repo} --include "*{level}*" --local-dir {model.title}`, then `qwen2-local run ./{model.title}`.'
-        return f"{fetch}\n  If that finds no files: https://huggingface.co/{repo}/tree/main lists them; take a level from there for {level}."
-    return f"`hf download {repo} {model.gguf_file(level)} --local-dir .`, then `qwen2-local run ./{model.gguf_file(level)}`."
+    """The command that fetches a checkpoint, for a person to copy; `level`: the quantization asked for."""
+    return f"`qwen2-local pull {model.name}{f':{level}' if level else ''}`."
 
 
 def suggestions(name: str, known: tuple[str, ...] = ()) -> list[str]:

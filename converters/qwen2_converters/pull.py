@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from qwen2_converters.hub import sources
 from qwen2_converters.hub.asked import Asked, understand
 from qwen2_converters.hub.choose import ORIGINAL, Choice, Way, choose, siblings
 from qwen2_converters.hub.preflight import Licence, Shape, check_keys, converted_bytes, disk_needed, fits, licence_of, memory_at, shape_of
-from qwen2_converters.hub.repository import HubFile, Repository, SourceName, source_hash
+from qwen2_converters.hub.repository import HubFile, Repository, SourceName, level_of, source_hash
+from qwen2_converters.making import Options, Wanted, make
 from qwen2_converters.target import Target
 from qwen2_local import files, fit
 from qwen2_local.errors import BadFile, Offline, Qwen2LocalError, UnknownModel, UsageError
 from qwen2_local.files import refuse_clashes
 from qwen2_local.formats.check_gguf import open_gguf
-from qwen2_local.formats.checkpoint import open_checkpoint
+from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
 from qwen2_local.formats.gguf import salvage_gguf
 from qwen2_local.manifest import Manifest, ManifestFile, now
 from qwen2_local.store import GUIDE, Store
@@ -185,13 +186,15 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None, discard_sou
     with plan.store.resume(plan.draft, replace=True) as draft:
         if kept is not None and kept.state == "current":
             source = plan.store.get(kept.name).folder
+        elif kept is None and is_local(plan.way.repository):
+            source = Path(plan.way.repository.id)
         else:
             source = draft.folder
             _gather(plan, source, report)
         _check(plan, source, report)
-        for model in plan.models:
-            if model.target is not None and model.state != "current":
-                _convert(plan, model, source, report)
+        to_make = [model for model in plan.models if model.target is not None and model.state != "current"]
+        if to_make:
+            _convert(plan, to_make, source, report)
         if kept is not None and kept.state != "current":
             listed = [file.name for file in plan.way.files]
             for stray in source.iterdir():
@@ -281,7 +284,9 @@ def _model(store: Store, way: Way, base: str, install_as: str, target: Target | 
 def _slug(id: str) -> str:
     """A name for a model that is not of the catalog: the repository's or file's, without what says its format."""
     stem = id.rstrip("/").rpartition("/")[2].partition("?")[0].lower()
-    stem = _ENDINGS.sub("", re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", stem))
+    stem = re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", stem)
+    level = level_of(stem)
+    stem = _ENDINGS.sub("", stem[: stem.rindex(level)].rstrip("-._") if level and level in stem else stem)
     return re.sub(r"[^a-z0-9._-]+", "-", stem).strip("-._")[:60] or "model"
 
 
@@ -432,30 +437,23 @@ def _check(plan: PullPlan, folder: Path, report: OnProgress) -> None:
         raise type(error)(error.what.replace(f"{folder}/", f"{plan.way.repository.id}: "), hint=error.hint) from error
 
 
-def _convert(plan: PullPlan, model: Model, source: Path, report: OnProgress) -> None:
-    """Makes and installs one model of the checkpoint in `source`."""
-    from qwen2_converters.convert import convert
+def _convert(plan: PullPlan, models: Sequence[Model], source: Path, report: OnProgress) -> None:
+    """Makes and installs `models` of the checkpoint in `source`, out of one read."""
+    names = ", ".join(model.name for model in models)
+    with ExitStack() as stack:
+        wanted = []
+        for model in models:
+            assert model.target is not None
+            folder = stack.enter_context(plan.store.reserve(model.name))
+            file = f"{model.name.replace(':', '-')}.gguf" if model.target.format == "gguf" else ""
+            seal = partial(_seal, plan, model)
+            wanted.append(Wanted(model.target, folder, file, False, lambda: None, overwrite=True, seal=seal))
+        make(source, wanted, Options(name=plan.title), lambda step: report(Step(step.phase, names, step.done, step.total)))
 
-    assert model.target is not None
-    with plan.store.resume(model.name, replace=True) as draft:
-        stamp = draft.folder.parent / "source"
-        key = f"{plan.way.repository.id} {plan.way.repository.revision} {plan.source_hash} {model.target}"
-        if not stamp.is_file() or stamp.read_text("utf-8", "replace") != key:
-            shutil.rmtree(draft.folder, ignore_errors=True)
-            draft.folder.mkdir(mode=0o700, exist_ok=True)
-            stamp.write_text(key, "utf-8")
-        if model.target.format == "gguf":
-            output = draft.folder / f"{model.name.replace(':', '-')}.gguf"
-        else:
-            output = draft.folder
-            with suppress(OSError):
-                output.rmdir()
-        if not output.exists():
-            convert(
-                source, model.target, output, cache=True, name=plan.title,
-                progress=lambda step: report(Step(step.phase, model.name, step.done, step.total)),
-            )  # fmt: skip
-        draft.manifest = _describe(plan, model, draft.folder, [path.name for path in draft.folder.iterdir() if path.is_file()])
+
+def _seal(plan: PullPlan, model: Model, _: Checkpoint, folder: Path) -> None:
+    Store.unseal(folder)
+    Store.seal(folder, _describe(plan, model, folder, [path.name for path in folder.iterdir() if path.is_file()]))
 
 
 def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str]) -> Manifest:

@@ -75,5 +75,7 @@ def table(rows: list[tuple[str, ...]]) -> None:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as people say them: "4.68 GB", "12 MB"."""
+    """Bytes as people say them: "4.68 GB", "12 MB", "7 kB"."""
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

@@ -214,8 +214,8 @@ def test_absurd_values_are_refused_before_anything_is_loaded() -> None:
     [
         ("gide", "Did you mean guide"),
         ("guide:q9", "q4_0"),
-        ("7b", "hf download"),
-        ("0.5B-Instruct", "hf download"),
+        ("7b", "`qwen2-local pull 7b`"),
+        ("0.5B-Instruct", "`qwen2-local pull 0.5b`"),
         ("qwen3", "0.5b"),
         ("./nothing.gguf", "no file or folder"),
         ("", "missing"),

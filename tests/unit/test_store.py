@@ -226,6 +226,51 @@ def test_the_guide(store, monkeypatch, tmp_path):
         assert "q4_0" in caught.value.hint
 
 
+def test_a_hubs_id_finds_what_was_pulled_from_it(store):
+    install(store, "0.5b:q4_0")
+    assert resolve("qwen/qwen2-0.5b-instruct").label == "0.5b:q4_0"
+    with pytest.raises(UnknownModel) as caught:
+        resolve("someone/else")
+    assert caught.value.hint == "If a hub has it: `qwen2-local pull someone/else`."
+
+
+def test_the_original_gives_way_to_what_was_made_of_it(store):
+    install(store, "7b:original", "hf")
+    assert resolve("7b").format == "hf"
+    install(store, "7b:q4_0")
+    assert resolve("7b").label == "7b:q4_0"
+
+
+def test_a_draft_that_fails_is_taken_up_again(store):
+    with pytest.raises(KeyboardInterrupt), store.resume("7b") as draft:
+        (draft.folder / "model.gguf").write_bytes(model().build())
+        raise KeyboardInterrupt
+    assert store.list() == []
+    assert Store().unfinished("7b").is_dir(), "the sweep of the next start takes it away"
+    with store.resume("7b") as draft:
+        assert (draft.folder / "model.gguf").is_file()
+        draft.manifest = manifest("7b", draft)
+    assert store.get("7b").manifest.format == "gguf"
+    assert not store.unfinished("7b").parent.exists()
+
+
+def test_a_draft_without_a_manifest_was_of_use_to_others_only(store):
+    with store.resume("7b") as draft:
+        (draft.folder / "x").write_bytes(b"")
+    assert store.list() == [] and not store.unfinished("7b").parent.exists()
+
+
+def test_a_finished_draft_replaces_only_where_it_may(store):
+    install(store, "7b")
+    with pytest.raises(UsageError, match="exists"), store.resume("7b"):
+        pass
+    with store.resume("7b", replace=True) as draft:
+        (draft.folder / "new.gguf").write_bytes(model().build())
+        assert store.get("7b").path.name == "model.gguf"
+        draft.manifest = manifest("7b", draft)
+    assert store.get("7b").path.name == "new.gguf"
+
+
 def test_the_guide_comes_as_every_target():
     assert {Target.parse(text).label: text for text in VALID} == GUIDE_TARGETS
 
@@ -235,7 +280,8 @@ def test_an_unknown_name_says_what_there_is(store):
     with pytest.raises(UnknownModel) as caught:
         resolve("gpt")
     assert str(caught.value) == (
-        'no model is called "gpt".\n  Qwen2 comes as 0.5b, 1.5b, 7b, 57b and 72b; installed here: guide, 7b:q4_k_m.\n  See `qwen2-local ls`.'
+        'no model is called "gpt".\n  Qwen2 comes as 0.5b, 1.5b, 7b, 57b and 72b; installed here: guide, 7b:q4_k_m.\n'
+        "  See `qwen2-local ls` and `qwen2-local pull --help`."
     )
     with pytest.raises(UnknownModel, match="Did you mean guide"):
         resolve("giude")
@@ -244,13 +290,10 @@ def test_an_unknown_name_says_what_there_is(store):
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("7b", "hf download Qwen/Qwen2-7B-Instruct-GGUF qwen2-7b-instruct-q4_k_m.gguf --local-dir ."),
-        ("7b", "qwen2-local run ./qwen2-7b-instruct-q4_k_m.gguf"),
-        ("0.5b", "hf download Qwen/Qwen2-0.5B-Instruct-GGUF qwen2-0_5b-instruct-q8_0.gguf --local-dir ."),
-        ("0.5b:q4_0", "qwen2-0_5b-instruct-q4_0.gguf"),
-        ("Qwen/Qwen2-7B", "hf download Qwen/Qwen2-7B --local-dir Qwen2-7B"),
-        ("72b", 'hf download Qwen/Qwen2-72B-Instruct-GGUF --include "*q4_k_m*" --local-dir Qwen2-72B-Instruct'),
-        ("57b", "https://huggingface.co/Qwen/Qwen2-57B-A14B-Instruct-GGUF/tree/main lists them"),
+        ("7b", "`qwen2-local pull 7b`"),
+        ("0.5b:q4_0", "`qwen2-local pull 0.5b:q4_0`"),
+        ("Qwen/Qwen2-7B", "`qwen2-local pull 7b-base`"),
+        ("72B-instruct", "`qwen2-local pull 72b`"),
     ],
 )
 def test_a_size_that_is_not_installed_says_how_to_get_it(store, name, command):

@@ -107,7 +107,7 @@ def choose(
     if asked.level:
         ways = [way for way in (*ready, *made) if _matches(asked.level, way)]
         ways = sorted(_require(ways, asked, ready), key=_cost)
-        return Choice(ways[0], ways[1] if len(ways) > 1 else None)
+        return Choice(ways[0], next((way for way in ways if way.repository is not ways[0].repository), None))
     # What can be run as it comes is tried first: an original is at least twice as large.
     kind = "mlx" if backend == "mlx" else "gguf"
     mine = sorted((way for way in ready if way.format == kind), key=lambda way: _rank(way, _start(asked, way)))
@@ -115,8 +115,8 @@ def choose(
     made = sorted(made, key=lambda way: _rank(way, _start(asked, way)))
     ways = [*(way for way in (*mine, *made) if fits(way)), *mine, *made, *others]
     best = _require(ways, asked, ready)[0]
-    same = [way for way in (*ready, *made) if way is not best and set(way.labels) & set(best.labels)]
-    rest = sorted(same or [way for way in (*others, *made) if way is not best], key=_cost)
+    elsewhere = [way for way in (*ready, *made) if way.repository is not best.repository]
+    rest = sorted([way for way in elsewhere if set(way.labels) & set(best.labels)] or elsewhere, key=_cost)
     return Choice(best, rest[0] if rest else None)
 
 
@@ -137,8 +137,7 @@ def _ready(asked: Asked, repositories: Iterable[Repository]) -> list[Way]:
     ways = []
     for repository in repositories:
         for gguf in ggufs(repository):
-            label = gguf.level or re.sub(r"[^a-z0-9._-]+", "-", gguf.stem.lower()).strip("-._")
-            ways.append(Way(repository, gguf.files, "gguf", label))
+            ways.append(Way(repository, gguf.files, "gguf", gguf.level or "gguf"))
         if repository.kind == "mlx":
             config = repository.config
             assert config is not None

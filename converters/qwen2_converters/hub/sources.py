@@ -105,4 +105,4 @@ def _content(repository: Repository, file: HubFile) -> bytes:
         return cached.read_bytes()
     from qwen2_converters.download import read_range
 
-    return read_range(remote(repository, file), 0, file.size)
+    return read_range(remote(repository, file), 0, file.size) if file.size else b""
