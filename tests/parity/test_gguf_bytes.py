@@ -100,7 +100,7 @@ def test_keys(tmp_path: Path) -> None:
     weights = tiny_checkpoint.weights(config)
     folder = tiny_checkpoint.write(tmp_path / "Tiny-Qwen2", config, weights)
     (folder / "README.md").write_text(
-        "---\nlanguage:\n- en\nlicense: apache-2.0\nlicense_link: https://example.org/x\nbase_model: Qwen/Qwen2-0.5B\ntags: [chat]\n---\n# Tiny\nlicense: x\n"
+        "---\nlanguage:\n- en\nlicense: apache-2.0\nlicense_link: https://example.org/x\nbase_model: Qwen/Qwen2-0.5B\ntags: [chat]\n---\nlicense: x\n"
     )
     reader = gguf.GGUFReader(convert(folder, Target("gguf", "q8_0"), tmp_path / "model.gguf"))
     assert not [name for name in reader.fields if reader.fields[name].contents() is None]
