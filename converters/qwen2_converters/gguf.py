@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from qwen2_converters import ggml
 from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.imatrix import Importance
 from qwen2_converters.keys import Keys, Value, gguf_keys
-from qwen2_converters.planned import Plan
+from qwen2_converters.planned import Part, Plan
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.ggml_types import BY_NAME
@@ -40,7 +41,7 @@ def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str, import
     """
     for kind in {part.type for tensor in plan.tensors for part in tensor.parts}:
         ggml.prepare(BY_NAME[kind])
-    header, offsets, size = _lay_out(gguf_keys(checkpoint, plan, name, importance, url), plan)
+    header, offsets, size = lay_out(gguf_keys(checkpoint, plan, name, importance, url), [tensor.parts[0] for tensor in plan.tensors])
     if len(header) > MAX_HEADER:
         raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
     return Job(plan, (WeightFile(file, header, offsets, size),), partial(_encode, importance=importance), _BLOCK, finish=lambda _: None)
@@ -66,14 +67,13 @@ def _encode(block: Block, raw: Buffer, importance: Importance | None) -> list[Bu
         raise BadFile(fault, hint="Leave the importance matrix out, or make it anew.") from error
 
 
-def _lay_out(keys: Keys, plan: Plan) -> tuple[bytes, dict[str, int], int]:
-    """The header, each tensor's offset in the file, and the size of the file."""
-    head = [b"GGUF", struct.pack("<IQQ", 3, len(plan.tensors), len(keys))]
+def lay_out(keys: Keys, parts: Sequence[Part]) -> tuple[bytes, dict[str, int], int]:
+    """The header of a file with these keys and tensors, each tensor's offset in it, and its size."""
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(parts), len(keys))]
     head += [_string(key) + _value(value) for key, value in keys.items()]
     relative: dict[str, int] = {}
     end = 0
-    for tensor in plan.tensors:
-        part = tensor.parts[0]
+    for part in parts:
         relative[part.name] = end
         shape = part.shape[::-1]
         head.append(_string(part.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, BY_NAME[part.type].number, end))
