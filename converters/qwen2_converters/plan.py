@@ -54,10 +54,15 @@ def make_plan(checkpoint: Checkpoint, target: Target, *, imatrix: bool = False, 
     return Plan(target, config, tensors, nbytes, nbytes + files + 256 * len(tensors) + _SLACK)
 
 
+def padded_ffn(size: int) -> int:
+    """What a padded FFN's inner size `size` becomes."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
 def _padded(config: Qwen2Config) -> Qwen2Config:
     if config.moe:
         raise UsageError("Only the FFN of dense models is padded; this one is a mixture of experts.", hint="Leave the padding out.")
-    return replace(config, intermediate=-(-config.intermediate // _BLOCK) * _BLOCK)
+    return replace(config, intermediate=padded_ffn(config.intermediate))
 
 
 def _stretched(config: Qwen2Config) -> Qwen2Config:
