@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen2_converters import partial
-from qwen2_converters.partial import Hashes, Partial
+from qwen2_converters.partial import Partial
 from qwen2_converters.remote import Address, Phase, Progress, RemoteFile, Resolve
 from qwen2_converters.retry import Patience, persist, stopped
 from qwen2_converters.web import Timeouts, TryAgain, Web
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MAX_RANGE = 64_000_000
 """Bytes that `read_range` gives at most."""
 
-_READ = 1 << 20
 _HEAD = 512  # Bytes that tell a model file from a web page.
 _REPORT_S = 0.05
 _GRACE_S = 3.0
@@ -52,8 +51,8 @@ def download(
     """Fetches `files` into `folder`, which is made if need be, and gives the SHA-256 of each by its name.
 
     Files are begun in the order given, `parallel` at a time. One that is there already is hashed, and fetched only if it is wrong (or has
-    no hash to tell). Half-fetched ones, NAME.part with its NAME.part.json, are resumed, also after a kill -9. A wrong one is set aside as
-    NAME.bad and fetched once more.
+    neither hash nor ETag to tell). Half-fetched ones, NAME.part with its NAME.part.json, are resumed, also after a kill -9. A wrong one
+    is set aside as NAME.bad and fetched once more.
 
     progress, on_done (a file is whole, verified and in place): called in the caller's thread. What they raise ends the download.
     cancelled: set it from any thread to end the download soon; Ctrl-C does the same. What had come stays for the next time.
@@ -71,11 +70,12 @@ def download(
         with Web(timeouts) as web:
             job = _Job(folder, web, patience or Patience(), missing)
             try:
-                return job.run(files, parallel, progress or (lambda _: None), on_done or (lambda *_: None), cancelled or threading.Event())
+                hashes = job.run(files, parallel, progress or (lambda _: None), on_done or (lambda *_: None), cancelled or threading.Event())
             except DoesNotFit:
-                for file in files:
-                    partial.discard(folder / file.name)
+                _tidy(files, folder)
                 raise
+        _tidy(files, folder)
+    return hashes
 
 
 def read_range(file: RemoteFile, start: int, stop: int, *, patience: Patience | None = None, timeouts: Timeouts | None = None) -> bytes:
@@ -87,7 +87,7 @@ def read_range(file: RemoteFile, start: int, stop: int, *, patience: Patience | 
         raise ValueError(f"{start} to {stop} is no range of {file.name}, or too long")
 
     def attempt(address: Address) -> bytes:
-        with web.get(address, {"Range": f"bytes={start}-{stop - 1}"}) as response:
+        with web.get(file.name, address, {"Range": f"bytes={start}-{stop - 1}"}) as response:
             begin = _begin(file, response, start, stop)
             if begin != start and stop > MAX_RANGE:
                 raise FetchFailed(f"{file.name}: {response.url.host} cannot send a part of a file.", hint="Use another source.")
@@ -185,13 +185,12 @@ class _Job:
         final = self._folder / file.name
         for path in (final, partial.bad_name(final), *partial.part_names(final)):
             partial.plain_or_none(path)
-        present = self._verified(file, final)
-        if present:
-            partial.discard(final)
-            return present
-        sources = [file.resolve, *file.mirrors]
         with self._reporting(file, "verifying") as report:
+            present = partial.finished(file, final, report)
+            if present:
+                return present
             part = Partial(file, self._folder, report)
+        sources = [file.resolve, *file.mirrors]
         with part:
             for turn in range(2):
                 self._complete(part, sources[turn:] + sources[:turn])
@@ -200,18 +199,6 @@ class _Job:
                 part.set_aside()
         hint = f"It is kept as {partial.bad_name(final)}. Try another source."
         raise BadFile(f"{file.name} is damaged at its source: twice its {file.checked_by} was wrong.", hint=hint)
-
-    def _verified(self, file: RemoteFile, final: Path) -> str:
-        """The SHA-256 of the finished `file`, if it is there and right; else nothing."""
-        if not final.exists() or final.stat().st_size != file.size or file.checked_by == "size":
-            return ""
-        hashes, read = Hashes(file), 0
-        with self._reporting(file, "verifying") as report, final.open("rb") as opened:
-            while data := opened.read(_READ):
-                hashes.update(data)
-                read += len(data)
-                report(read)
-        return hashes.sha256 if hashes.right() else ""
 
     def _complete(self, part: Partial, sources: Sequence[Resolve]) -> None:
         """Fetches what is missing, from the first source that gives it. Raises what went wrong with the first one if none does."""
@@ -232,7 +219,7 @@ class _Job:
         file, start = part.file, part.length
         if start == file.size:
             return
-        with self._web.get(address, {"Range": f"bytes={start}-"} if start else {}) as response:
+        with self._web.get(file.name, address, {"Range": f"bytes={start}-"} if start else {}) as response:
             chunks = response.iter_raw()
             head = _head(chunks) if start == 0 or response.status_code == 200 else b""
             # Before anything is thrown away: a network's log-in page must not cost what has come.
@@ -277,6 +264,11 @@ def _check_names(files: Sequence[RemoteFile]) -> None:
         disk.safe_name(file.name)
         disk.safe_name(f"{file.name}.part.json")
     disk.refuse_clashes(name for file in files for name in (file.name, f"{file.name}.part", f"{file.name}.part.json", f"{file.name}.bad"))
+
+
+def _tidy(files: Sequence[RemoteFile], folder: Path) -> None:
+    for file in files:
+        partial.discard(folder / file.name)
 
 
 def _there(final: Path) -> int:

@@ -80,9 +80,8 @@ class Partial:
         self._empty()
         # Durable in this order: else a crash of the machine could leave old bytes under the new version's name.
         os.fsync(self._handle)
-        known = {"file": _identity(self.file), "version": version, "host": host}
-        write_atomic(self._sidecar, json.dumps(known))
         self.version, self.host = version, host
+        self._note()
 
     def write(self, data: bytes) -> None:
         """Goes on with `data`."""
@@ -98,13 +97,12 @@ class Partial:
         return self.length == self.file.size and self._hashes.right()
 
     def publish(self) -> str:
-        """Gives the file its name, for good, and its SHA-256."""
+        """Gives the file its name, for good, and its SHA-256. The sidecar stays, with that, until `discard`."""
         os.fsync(self._handle)
+        self._note(self._hashes.sha256)
         self.path.replace(self.final)
         with suppress(OSError):
             sync_folder(self.final.parent)
-        for path in (self._sidecar, bad_name(self.final)):
-            path.unlink(missing_ok=True)
         return self._hashes.sha256
 
     def set_aside(self) -> None:
@@ -114,6 +112,10 @@ class Partial:
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._empty()
 
+    def _note(self, sha256: str = "") -> None:
+        known = {"file": _identity(self.file), "version": self.version, "host": self.host, "sha256": sha256}
+        write_atomic(self._sidecar, json.dumps(known))
+
     def _empty(self) -> None:
         self._sidecar.unlink(missing_ok=True)
         os.ftruncate(self._handle, 0)
@@ -122,7 +124,7 @@ class Partial:
         self.version, self.host, self.length = "", "", 0
 
     def _take_up(self, on_read: Callable[[int], None]) -> None:
-        known = self._known()
+        known = _read_sidecar(self._sidecar)
         size = os.fstat(self._handle).st_size
         version, host = known.get("version"), known.get("host")
         if known.get("file") != _identity(self.file) or size > self.file.size or not isinstance(version, str) or not isinstance(host, str):
@@ -135,13 +137,30 @@ class Partial:
             on_read(self.length)
         self.version, self.host = version, host
 
-    def _known(self) -> dict[str, object]:
-        with suppress(OSError, ValueError, RecursionError):
-            with self._sidecar.open("rb") as file:
-                raw = file.read(_MAX_SIDECAR)
-            known = json.loads(raw)
-            return known if isinstance(known, dict) else {}
-        return {}
+
+def _read_sidecar(path: Path) -> dict[str, object]:
+    with suppress(OSError, ValueError, RecursionError):
+        with path.open("rb") as file:
+            raw = file.read(_MAX_SIDECAR)
+        known = json.loads(raw)
+        return known if isinstance(known, dict) else {}
+    return {}
+
+
+def finished(file: RemoteFile, final: Path, on_read: Callable[[int], None]) -> str:
+    """The SHA-256 of `final` if it is the whole, right `file`; else nothing. Without a hash of the source's, an earlier run's decides."""
+    if not plain_or_none(final) or final.stat().st_size != file.size:
+        return ""
+    known = _read_sidecar(part_names(final)[1])
+    if file.checked_by == "size" and (not file.etag or known.get("file") != _identity(file)):
+        return ""
+    hashes = Hashes(file)
+    with final.open("rb") as opened:
+        while data := opened.read(_READ):
+            hashes.update(data)
+            on_read(opened.tell())
+    right = hashes.sha256 == known.get("sha256") if file.checked_by == "size" else hashes.right()
+    return hashes.sha256 if right else ""
 
 
 def _identity(file: RemoteFile) -> list[object]:
@@ -160,8 +179,8 @@ def bad_name(final: Path) -> Path:
 
 
 def discard(final: Path) -> None:
-    """Deletes what there is of the unfinished `final`. Never raises OSError."""
-    for path in part_names(final):
+    """Deletes what lies beside `final`, finished or not. Never raises OSError."""
+    for path in (*part_names(final), bad_name(final)):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

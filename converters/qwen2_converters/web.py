@@ -96,10 +96,11 @@ class Web:
                     socket.socket.shutdown(one, socket.SHUT_RDWR)
 
     @contextmanager
-    def get(self, address: Address, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+    def get(self, name: str, address: Address, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         """The answer to a GET, its body unread, with status 200, 206 or 416, for the block; failures while reading it are sorted too.
 
-        The address's own headers stay with its host; `headers` (Range) go wherever a redirect leads. Raises TryAgain, Expired, FetchFailed.
+        The address's own headers stay with its host; `headers` (Range) go wherever a redirect leads. name: of the file, for messages.
+        Raises TryAgain, Expired, FetchFailed.
         """
         import httpx2
 
@@ -110,20 +111,20 @@ class Web:
             for _ in range(_REDIRECTS + 1):
                 host = _host(url)
                 if url.scheme not in ("http", "https") or not url.host:
-                    raise FetchFailed(f"The address of the file is no web address: {url.scheme!r} is not fetched.", hint="Use https.")
+                    raise FetchFailed(f"{name}: its address is no web address, {url.scheme!r} is not fetched.", hint="Use https.")
                 at_home = at_home and _origin(url) == home
                 with self._client.stream("GET", url, headers={**(address.headers if at_home else {}), **headers}) as response:
                     if response.status_code not in _REDIRECT:
-                        _sort_status(response, host)
+                        _sort_status(name, response, host)
                         with self._reading(response):
                             yield response
                         return
-                    url = _next(response, url, host)
-            raise FetchFailed(f"{host} redirects in circles.", hint=_LATER)
+                    url = _next(name, response, url, host)
+            raise FetchFailed(f"{name}: {host} redirects in circles.", hint=_LATER)
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise FetchFailed(f"{host} leads to an address that is none.", hint=_LATER) from error
+            raise FetchFailed(f"{name}: {host} leads to an address that is none.", hint=_LATER) from error
         except httpx2.HTTPError as error:
-            raise _sort(error, host) from error
+            raise _sort(name, error, host) from error
 
     @contextmanager
     def _reading(self, response: httpx2.Response) -> Iterator[None]:
@@ -147,31 +148,31 @@ def _host(url: httpx2.URL) -> str:
     return url.netloc.decode("ascii", "replace")
 
 
-def _next(response: httpx2.Response, url: httpx2.URL, host: str) -> httpx2.URL:
+def _next(name: str, response: httpx2.Response, url: httpx2.URL, host: str) -> httpx2.URL:
     target = url.join(response.headers.get("Location", ""))
     if "Location" not in response.headers:
         raise TryAgain(f"{host} redirects to nowhere")
     if url.scheme == "https" and target.scheme != "https":
-        raise FetchFailed(f"{host} redirects to an address without encryption, {_host(target)}: refused.", hint=_LATER)
+        raise FetchFailed(f"{name}: {host} redirects to an address without encryption at {_host(target)}, which is refused.", hint=_LATER)
     if target.userinfo:
-        raise FetchFailed(f"{host} redirects to an address with a password in it: refused.", hint=_LATER)
+        raise FetchFailed(f"{name}: {host} redirects to an address with a password in it, which is refused.", hint=_LATER)
     return target
 
 
-def _sort_status(response: httpx2.Response, host: str) -> None:
+def _sort_status(name: str, response: httpx2.Response, host: str) -> None:
     status = response.status_code
     if status in _TRY_AGAIN or 500 <= status < 600:
         raise TryAgain(f"{host} is busy (status {status})", after_s=_retry_after(response.headers.get("Retry-After", "")))
     if status in _EXPIRED:
-        raise Expired(f"{host} refuses the file (status {status})")
+        raise Expired(f"{host} refuses it (status {status})")
     if status == 404:
-        raise FetchFailed(f"{host} does not have the file (status 404).", hint="It was moved or deleted: list what there is again.")
+        raise FetchFailed(f"{name}: {host} does not have it (status 404).", hint="It was moved or deleted: list what there is again.")
     if status == 407:
-        raise FetchFailed("The proxy asks for a password (status 407).", hint="Set HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT.")
+        raise FetchFailed(f"{name}: the proxy asks for a password (status 407).", hint="Set HTTPS_PROXY to http://USER:PASSWORD@HOST:PORT.")
     if status not in (200, 206, 416):
-        raise FetchFailed(f"{host} answers with status {status}.", hint=_LATER)
+        raise FetchFailed(f"{name}: {host} answers with status {status}.", hint=_LATER)
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise FetchFailed(f"{host} sends a compressed file, though asked not to.", hint=_LATER)
+        raise FetchFailed(f"{name}: {host} sends it compressed, though asked not to.", hint=_LATER)
 
 
 def _retry_after(value: str) -> float:
@@ -183,13 +184,13 @@ def _retry_after(value: str) -> float:
     return 0.0
 
 
-def _sort(error: httpx2.HTTPError, host: str) -> Exception:
+def _sort(name: str, error: httpx2.HTTPError, host: str) -> Exception:
     import httpx2
 
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return FetchFailed(f"{host} has no certificate that is trusted here ({cause.verify_message}).", hint=_CERTIFICATES)
+            return FetchFailed(f"{name}: {host} has no certificate that is trusted here ({cause.verify_message}).", hint=_CERTIFICATES)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx2.ProxyError):
         return TryAgain("the proxy does not let the request through", unreachable=True)

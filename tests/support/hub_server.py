@@ -81,16 +81,16 @@ class Fault:
     """No Content-Length."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One line of the log. host: "hub", "cdn" or "proxy". sent: bytes of the body."""
+    """One line of the log, which goes on while it is answered. host: "hub" or "cdn". sent: bytes of the body so far."""
 
     host: str
     method: str
     path: str
     headers: Mapping[str, str]
-    status: int
-    sent: int
+    status: int = 0
+    sent: int = 0
 
     @property
     def name(self) -> str:
@@ -100,7 +100,7 @@ class Request:
 
 
 class HubServer:
-    """Both hosts. `endpoint` and `cdn`: their addresses; `log`: all requests, in the order in which they ended."""
+    """Both hosts. `endpoint` and `cdn`: their addresses; `log`: all requests, in the order in which they came."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -184,8 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
     host: str
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    status = 0
-    count = 0
+    entry: Request
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -194,14 +193,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.status, self.count = 0, 0
-        entry_headers = {key.lower(): value for key, value in self.headers.items()}
+        self.entry = Request(self.host, self.command, self.path, {key.lower(): value for key, value in self.headers.items()})
+        self.hub.log.append(self.entry)
         try:
             (self._cdn if self.host == "cdn" else self._hub)()
         except (ConnectionError, TimeoutError):
             self.close_connection = True
-        finally:
-            self.hub.log.append(Request(self.host, self.command, self.path, entry_headers, self.status, self.count))
 
     # Roads
 
@@ -303,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers
 
     def _head(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status = status
+        self.entry.status = status
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -311,8 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self, data: bytes) -> None:
         if self.command != "HEAD":
+            self.entry.sent += len(data)
             self.wfile.write(data)
-            self.count += len(data)
 
     def _error(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self._head(status, {"Content-Length": str(len(body)), **(headers or {})})
@@ -348,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(416, headers={"Content-Range": f"bytes */{len(data)}"})
         answer = {**(headers or {}), "Content-Type": fault.content_type or "application/octet-stream", "ETag": etag, **fault.headers}
         if status == 206:
-            answer["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            answer = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}", **answer}
         if not fault.no_range:
             answer["Accept-Ranges"] = "bytes"
         if fault.chunked or (fault.endless and fault.content_length is None):
