@@ -18,7 +18,6 @@ from qwen2_converters import affine
 from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.companions import copy_companions
 from qwen2_converters.floats import finite, narrow, widen
-from qwen2_converters.keys import read_vocabulary
 from qwen2_converters.plan_mlx import quantization
 from qwen2_converters.planned import Part, Plan, PlannedTensor
 from qwen2_local.errors import BadFile
@@ -28,18 +27,14 @@ from qwen2_local.formats.checkpoint import Checkpoint, parameters
 SHARD = 5 << 30
 """Bytes of tensors in a file at most, as in mlx_lm; a single larger tensor gets a file of its own."""
 
-_BLOCK = 1 << 21
-"""Weights of a block: 10 MB in all its forms, some milliseconds of work."""
+_BLOCK = 1 << 20
+"""Weights of a block: 5 MB in all its forms, a few milliseconds of work."""
 
 _INDEX = "model.safetensors.index.json"
 
 
 def mlx_job(checkpoint: Checkpoint, plan: Plan) -> Job:
-    """How to fill an MLX folder.
-
-    Its encoder raises BadFile for weights that are no finite numbers. Raises BadFile for a tokenizer that does not belong.
-    """
-    read_vocabulary(checkpoint)
+    """How to fill an MLX folder. Its encoder raises BadFile for weights that are no finite numbers."""
     files: list[WeightFile] = []
     shards = split(plan, SHARD)
     for number, tensors in enumerate(shards, 1):
