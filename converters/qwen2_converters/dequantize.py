@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from qwen2_converters import ggml
 from qwen2_converters.floats import widen
+from qwen2_converters.packed import PackedMatrix
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.check_gguf import GgufModel
 from qwen2_local.formats.checkpoint import Checkpoint, Located
@@ -57,12 +58,15 @@ def gguf_weights(model: GgufModel) -> dict[str, Weights]:
 
 
 def checkpoint_weights(checkpoint: Checkpoint) -> dict[str, Weights]:
-    """Every matrix and vector of a Hugging Face or MLX folder, by the name of its weights. Not those that GPTQ or AWQ has packed."""
+    """Every matrix and vector of a Hugging Face or MLX folder, by the name that it has where nothing is quantized."""
     config, tensors = checkpoint.config, checkpoint.tensors
     found: dict[str, Weights] = {}
     for name, located in tensors.items():
         module, _, ending = name.rpartition(".")
-        if ending in ("scales", "biases", "qweight", "qzeros", "g_idx"):
+        if ending in ("scales", "biases", "qzeros", "g_idx"):
+            continue
+        if ending == "qweight":
+            found[f"{module}.weight"] = _packed(f"{module}.weight", PackedMatrix.of(checkpoint, name))
             continue
         if located.entry.dtype != "U32":
             found[name] = _plain(name, located)
@@ -148,6 +152,12 @@ def _mlx(name: str, quantization: MlxQuantization, weight: Located, scales: Loca
     if biases is None and mode == "affine":
         raise UnsupportedModel(f"{weight.file}: {name} has no biases.", hint="Convert the original checkpoint again.")
     return Weights(name, f"{bits}-bit" if mode == "affine" else mode, shape, group, read)
+
+
+def _packed(name: str, matrix: PackedMatrix) -> Weights:
+    quantization = matrix.quantization
+    shape = math.prod(matrix.parts["scales"].entry.shape[1:]), matrix.columns
+    return Weights(name, f"{quantization.method.upper()} {quantization.bits}-bit", shape, quantization.group, matrix.weights)
 
 
 def _floats(located: Located, first: int, rows: int) -> Floats:

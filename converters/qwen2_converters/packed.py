@@ -86,6 +86,12 @@ class PackedMatrix:
                 group = self.columns // tensor.parts[1].shape[-1]
                 return [array.reshape(-1).view(np.uint8) for array in repack.mlx_affine(codes, self.quantization.bits, group)]
 
+    def weights(self, first: int, rows: int) -> npt.NDArray[np.float32]:
+        """What `rows` rows from `first` on, both multiples of `ROWS`, mean: [rows, columns]. Raises as `fetch` does."""
+        codes = self._unpack(rows, self.fetch(first, rows))
+        steps = codes.codes.reshape(*codes.scales.shape, -1).astype(np.float32) - codes.zeros[..., None]
+        return (steps * codes.scales[..., None].astype(np.float32)).reshape(rows, -1)
+
     def _in_rows(self) -> list[tuple[str, int]]:
         """The tensors that go into the rows, and how many rows share one of their columns."""
         if self.quantization.method == "gptq":

@@ -14,14 +14,16 @@ from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.config import PackedQuantization, Qwen2Config
 from qwen2_local.formats.ggml_types import BY_NAME
 
-_GGUF = {("gptq", 4): "q4_0", ("gptq", 8): "q8_0", ("awq", 4): "q4_1"}
+GGUF = {("gptq", 4): "q4_0", ("gptq", 8): "q8_0", ("awq", 4): "q4_1"}
+"""What says the same in a GGUF file, by method and bits."""
+
 _MLX_GROUPS = (64, 128, 32)
 """MLX's group sizes, the usual one first."""
 
 
 def check_packed_target(checkpoint: Checkpoint, packed: PackedQuantization, target: Target) -> None:
     """Raises UnsupportedModel unless `target` can say what the checkpoint says."""
-    gguf = _GGUF[packed.method, packed.bits]
+    gguf = GGUF[packed.method, packed.bits]
     if target.format == "gguf" and target.weights == gguf:
         return
     if target.format == "mlx" and target.weights.startswith(f"{packed.bits}bit") and packed.group % target.group == 0:

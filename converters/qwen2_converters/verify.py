@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from qwen2_converters.dequantize import Floats, Weights, checkpoint_weights, gguf_weights
+from qwen2_converters.packed import ROWS
 from qwen2_converters.plan import make_plan
+from qwen2_converters.plan_packed import GGUF
 from qwen2_converters.planned import Part, PlannedTensor, Rows
 from qwen2_converters.target import Target
 from qwen2_local import cpu
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.check_gguf import GgufModel, open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
+from qwen2_local.formats.config import PackedQuantization
 from qwen2_local.manifest import Manifest
 
 OnProgress: TypeAlias = Callable[[Literal["hashing", "comparing"], int, int], None]
@@ -41,7 +45,7 @@ _SHOWN = 5
 _USUAL = {
     "F32": 1e-6, "F16": 2.1e-4, "BF16": 1.7e-3, "Q8_0": 5.4e-3, "Q6_K": 0.018, "Q5_K": 0.036, "Q5_1": 0.038, "Q5_0": 0.043, "Q4_K": 0.072,
     "Q4_1": 0.078, "Q4_0": 0.086, "IQ4_NL": 0.076, "IQ4_XS": 0.077, "Q3_K": 0.151, "IQ3_S": 0.167, "MXFP4": 0.115, "NVFP4": 0.095,
-    "8-bit": 5.4e-3, "6-bit": 0.022, "5-bit": 0.044, "4-bit": 0.091, "3-bit": 0.191, "mxfp4": 0.116, "mxfp8": 0.027, "nvfp4": 0.094,
+    "8-bit": 0.01, "6-bit": 0.022, "5-bit": 0.044, "4-bit": 0.091, "3-bit": 0.191, "mxfp4": 0.116, "mxfp8": 0.027, "nvfp4": 0.094,
 }  # fmt: skip
 _FAR = 4.0
 """How many times the usual error is suspicious: outliers and importance matrices double it."""
@@ -160,7 +164,7 @@ def compare(model: GgufModel | Checkpoint, source: Checkpoint, advance: Callable
     """
     there = gguf_weights(model) if isinstance(model, GgufModel) else checkpoint_weights(model)
     origin = checkpoint_weights(source)
-    plan = {tensor.parts[0].name: tensor for tensor in _planned(model, source)}
+    plan = {tensor.parts[0].name: tensor for tensor in _planned(model, source, origin)}
     faults = [f"The tensor {name!r} is not in the model." for name in plan if name not in there]
     faults += [f"The tensor {name!r} is not in the source." for name in sorted(there.keys() - plan.keys()) if not name.endswith("inv_freq")]
     shared = [(there[name], tensor) for name, tensor in plan.items() if name in there]
@@ -192,23 +196,29 @@ class _Pool(ThreadPoolExecutor):
         self.shutdown(cancel_futures=True)
 
 
-def _planned(model: GgufModel | Checkpoint, source: Checkpoint) -> Iterator[PlannedTensor]:
+def _planned(model: GgufModel | Checkpoint, source: Checkpoint, origin: Mapping[str, Weights]) -> Iterator[PlannedTensor]:
     """Where each tensor of the model, by its name there, comes from."""
     if isinstance(model, Checkpoint) and model.layout == "hf":
-        for name, located in source.tensors.items():
-            shape = located.entry.shape
-            yield PlannedTensor(shape, (Rows(name, 0, math.prod(shape[:-1])),), (Part(name, "", shape, 0),))
+        for name, weights in origin.items():
+            yield PlannedTensor(weights.shape, (Rows(name, 0, math.prod(weights.shape[:-1])),), (Part(name, "", weights.shape, 0),))
         return
     gguf = isinstance(model, GgufModel)
     intermediate = model.header.keys.get(f"{model.architecture}.feed_forward_length") if isinstance(model, GgufModel) else None
     padded = gguf and source.config.moe is None and intermediate != source.config.intermediate
-    yield from make_plan(source, Target("gguf" if gguf else "mlx", "f32"), pad_ffn=padded).tensors
+    yield from make_plan(source, _any_target("gguf" if gguf else "mlx", source.config.packed), pad_ffn=padded).tensors
     # Some writers keep a tied head, too.
     head = "output.weight" if gguf else "lm_head.weight"
     tensors = model.tensors
     if source.config.tied and source.config.moe is None and head in tensors:
         shape = source.config.vocabulary, source.config.hidden
         yield PlannedTensor(shape, (Rows("model.embed_tokens.weight", 0, shape[0]),), (Part(head, "", shape, 0),))
+
+
+def _any_target(form: Literal["gguf", "mlx"], packed: PackedQuantization | None) -> Target:
+    """A target that such a source can have: only the names and rows of its plan are wanted."""
+    if packed is None:
+        return Target(form, "f32")
+    return Target(form, GGUF[packed.method, packed.bits] if form == "gguf" else f"{packed.bits}bit-g32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +235,13 @@ class _Part:
 
 def _pieces(weights: Weights, tensor: PlannedTensor, source: Mapping[str, Weights]) -> Iterator[tuple[Weights, int, int, Weights | None, int]]:
     """A block of rows each: the model's tensor, the first of its rows, how many, the source's tensor and its first row."""
-    step = max(1, _BLOCK // weights.columns)
+    step = max(ROWS, _BLOCK // weights.columns // ROWS * ROWS)
     first = 0
     for rows in tensor.rows:
+        origin = source[re.sub(r"\.qweight$", ".weight", rows.source)] if rows.source else None
         for start in range(0, rows.count, step):
             count = min(step, rows.count - start)
-            yield weights, first, count, source[rows.source] if rows.source else None, rows.first + start
+            yield weights, first, count, origin, rows.first + start
             first += count
 
 

@@ -64,7 +64,7 @@ def _show(path: Path, summary: Summary) -> None:
     lines: dict[str, Fact] = {"path": str(path), "format": summary.format}
     if len(summary.files) != 1:
         lines["files"] = len(summary.files)
-    lines |= {"size": output.gigabytes(summary.size), "tensors": len(summary.tensors)}
+    lines |= {"size": _size(summary.size), "tensors": len(summary.tensors)}
     if summary.parameters is not None:
         lines["parameters"] = summary.parameters
     if summary.bits_per_weight is not None:
@@ -80,7 +80,7 @@ def _show(path: Path, summary: Summary) -> None:
         print()
         total = sum(kind.nbytes for kind in summary.kinds) or 1
         rows: list[tuple[str, ...]] = [("TYPE", "TENSORS", "SIZE", "SHARE")]
-        rows += [(kind.type, f"{kind.tensors:,}", output.gigabytes(kind.nbytes), f"{kind.nbytes / total:.1%}") for kind in summary.kinds]
+        rows += [(kind.type, f"{kind.tensors:,}", _size(kind.nbytes), f"{kind.nbytes / total:.1%}") for kind in summary.kinds]
         output.table(rows)
     if summary.keys:
         print()
@@ -100,7 +100,13 @@ def _text(value: Fact) -> str:
         return " · ".join(f"{key} {_text(one)}" for key, one in value.items() if one is not None)
     if isinstance(value, list):
         return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.7g}"
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _size(nbytes: int) -> str:
+    return output.gigabytes(nbytes) if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} KB"
 
 
 def _as_json(path: Path, summary: Summary, with_tensors: bool, with_template: bool) -> dict[str, object]:
