@@ -92,7 +92,7 @@ def _from_gguf(path: Path, file: BinaryIO, shapes: _Shapes) -> Importance:
     for name in names:
         experts, width = shapes[name]
         sums = _numbers(path, file, header.tensors[name + _SUMS].offset, experts * width, name).reshape(experts, width)
-        counts = np.rint(_numbers(path, file, header.tensors[name + _COUNTS].offset, experts, name)).reshape(experts, 1)
+        counts = np.floor(_numbers(path, file, header.tensors[name + _COUNTS].offset, experts, name) + 0.5).reshape(experts, 1)
         # An expert that no text reached: all its columns alike, as llama.cpp has it.
         columns[name] = np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
     chunks, datasets = header.keys.get("imatrix.chunk_count"), header.keys.get("imatrix.datasets")

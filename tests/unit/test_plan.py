@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from qwen2_converters.plan import make_plan
 from qwen2_converters.plan_gguf import gguf_name
 from qwen2_converters.planned import Rows
 from qwen2_converters.target import VALID, Target
+from qwen2_local.catalog import SIZES as CATALOG_SIZES
+from qwen2_local.catalog import Size
 from qwen2_local.errors import UnsupportedModel, UsageError
 from qwen2_local.formats.checkpoint import Checkpoint
-from qwen2_local.formats.config import Moe, Qwen2Config
+from qwen2_local.formats.config import Moe, Qwen2Config, Yarn
 from tests.support import tiny_checkpoint
 
 
@@ -68,16 +71,74 @@ def test_every_tensor_is_planned(size: str, tensors: int) -> None:
             assert all(part.nbytes % tensor.row_count == 0 for part in tensor.parts)
 
 
-@pytest.mark.parametrize(
-    ("size", "target", "gigabytes"),
-    [("0.5b", "gguf:q8_0", 0.53), ("1.5b", "gguf:q8_0", 1.64), ("7b", "gguf:q8_0", 8.09), ("57b", "gguf:q8_0", 61.0), ("72b", "gguf:q8_0", 77.3)],
-)
-def test_sizes_are_those_of_llama_quantize(size: str, target: str, gigabytes: float) -> None:
-    assert make_plan(SIZES[size], Target.parse(target)).nbytes == pytest.approx(gigabytes * 1e9, rel=0.012)
+@pytest.mark.parametrize("size", CATALOG_SIZES, ids=lambda size: size.name)
+def test_sizes_are_those_of_llama_quantize(size: Size) -> None:
+    for level, nbytes in size.gguf_bytes.items():
+        assert make_plan(SIZES[size.name], Target("gguf", level)).nbytes == pytest.approx(nbytes, rel=0.015), level
 
 
-def types(size: str, target: str) -> dict[str, str]:
-    return {tensor.parts[0].name: tensor.parts[0].type for tensor in make_plan(SIZES[size], Target.parse(target)).tensors}
+def types(size: str, target: str, **options: bool) -> dict[str, str]:
+    return {tensor.parts[0].name: tensor.parts[0].type for tensor in make_plan(SIZES[size], Target.parse(target), **options).tensors}
+
+
+def test_a_padded_ffn_gets_real_k_quants() -> None:
+    """Rows of 29568 weights are no whole blocks of 256, rows of 29696 are."""
+    plain, padded = types("72b", "gguf:q4_k_m"), types("72b", "gguf:q4_k_m", pad_ffn=True)
+    assert {plain[f"blk.{layer}.ffn_down.weight"] for layer in range(80)} == {"Q5_0", "Q8_0"}
+    assert {padded[f"blk.{layer}.ffn_down.weight"] for layer in range(80)} == {"Q4_K", "Q6_K"}
+    changed = {name for name, kind in plain.items() if padded[name] != kind}
+    assert changed == {f"blk.{layer}.ffn_down.weight" for layer in range(80)}
+    target = Target("gguf", "q4_k_m")
+    assert make_plan(SIZES["72b"], target).nbytes == pytest.approx(47.4e9, rel=0.002)
+    assert make_plan(SIZES["72b"], target, pad_ffn=True).nbytes == pytest.approx(44.0e9, rel=0.002)
+
+
+def test_a_padded_ffn_ends_in_zeros() -> None:
+    plan = make_plan(SIZES["72b"], Target("gguf", "q4_k_m"), pad_ffn=True)
+    assert plan.config == replace(SIZES["72b"].config, intermediate=29696)
+    found = {tensor.parts[0].name: tensor for tensor in plan.tensors}
+    for name in ("gate", "up"):
+        tensor = found[f"blk.79.ffn_{name}.weight"]
+        assert tensor.shape == tensor.parts[0].shape == (29696, 8192)
+        assert tensor.rows == (Rows(f"model.layers.79.mlp.{name}_proj.weight", 0, 29568), Rows(None, 0, 128))
+    down = found["blk.79.ffn_down.weight"]
+    assert down.shape == down.parts[0].shape == (8192, 29696)
+    assert down.rows == (Rows("model.layers.79.mlp.down_proj.weight", 0, 8192),)
+
+
+@pytest.mark.parametrize("size", ["0.5b", "1.5b", "7b"])
+def test_what_needs_no_padding_is_left_as_it_is(size: str) -> None:
+    target = Target("gguf", "q4_k_m")
+    assert make_plan(SIZES[size], target, pad_ffn=True) == make_plan(SIZES[size], target)
+
+
+@pytest.mark.parametrize(("size", "context", "factor"), [("7b", 131072, 4.0), ("57b", 65536, 2.0), ("72b", 131072, 4.0)])
+def test_yarn_stretches_as_was_announced(size: str, context: int, factor: float) -> None:
+    plan = make_plan(SIZES[size], Target("gguf", "q4_0"), yarn=True)
+    assert plan.config == replace(SIZES[size].config, context=context, yarn=Yarn(factor, 32768))
+    assert plan.tensors == make_plan(SIZES[size], Target("gguf", "q4_0")).tensors
+
+
+def test_yarn_that_is_there_already_stays() -> None:
+    source = replace(SIZES["7b"], config=replace(SIZES["7b"].config, context=65536, yarn=Yarn(2.0, 32768)))
+    assert make_plan(source, Target("gguf", "q4_0"), yarn=True).config == source.config
+
+
+def test_options_that_are_not_for_this_model_are_refused() -> None:
+    base = replace(SIZES["7b"], config=replace(SIZES["7b"].config, context=131072))
+    other = replace(SIZES["7b"], config=replace(SIZES["7b"].config, layers=29))
+    for source, target, option, fault in (
+        (SIZES["57b"], "gguf:q4_0", "pad_ffn", "mixture of experts"),
+        (SIZES["0.5b"], "gguf:q4_0", "yarn", "not made for more than 32,768"),
+        (base, "gguf:q4_0", "yarn", "131,072 tokens of context"),
+        (other, "gguf:q4_0", "yarn", "another shape"),
+        (SIZES["7b"], "mlx:4bit", "yarn", "for GGUF files only"),
+        (SIZES["7b"], "mlx:4bit", "pad_ffn", "for GGUF files only"),
+        (SIZES["7b"], "mlx:4bit", "imatrix", "for GGUF files only"),
+    ):
+        with pytest.raises(UsageError, match=fault) as caught:
+            make_plan(source, Target.parse(target), **{option: True})
+        assert caught.value.hint
 
 
 def test_the_head_gets_more_bits() -> None:
