@@ -83,7 +83,7 @@ def _seal(target: Target, name: str, source: str, revision: str) -> Callable[[Ch
             files=list_files(folder),
             format=target.format,
             architecture=checkpoint.config.model_type,
-            quantization=f"{target.bits}-bit" if target.bits else target.weights.upper(),
+            quantization=_quantization(target),
             licence=licence(checkpoint).get("general.license", ""),
             context=checkpoint.config.context,
             created=now(),
@@ -91,3 +91,9 @@ def _seal(target: Target, name: str, source: str, revision: str) -> Callable[[Ch
         Store.seal(folder, made)
 
     return seal
+
+
+def _quantization(target: Target) -> str:
+    """For lists: "Q4_K_M", "4-bit", "3/6-bit" of a mixed recipe."""
+    bits = [str(bits) for bits in (target.bits, target.more_bits) if bits]
+    return f"{'/'.join(bits)}-bit" if bits else target.weights.upper()

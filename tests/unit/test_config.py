@@ -73,6 +73,26 @@ def test_mlx_quantization_with_exceptions():
     assert parse(quantization_config={"group_size": 32, "bits": 4, "mode": "mxfp4"}).quantization == MlxQuantization(4, 32, "mxfp4")
 
 
+def test_mlx_exceptions_are_complete_in_themselves():
+    """As mlx-lm reads them: what one leaves out is its own mode's default, not the block's."""
+    exceptions = {"lm_head": {"bits": 8}, "model.embed_tokens": {"mode": "mxfp8"}, "model.layers.0.mlp.down_proj": True}
+    config = parse(quantization={"group_size": 16, "bits": 4, "mode": "nvfp4", **exceptions})
+    nvfp4 = MlxQuantization(4, 16, "nvfp4")
+    assert config.quantization == nvfp4
+    assert config.quantized == {
+        "lm_head": MlxQuantization(8, 64),
+        "model.embed_tokens": MlxQuantization(8, 32, "mxfp8"),
+        "model.layers.0.mlp.down_proj": nvfp4,
+    }
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_all_that_mlx_has(bits, group):
+    mixed = {"group_size": group, "bits": 2, "mode": "affine", "lm_head": {"group_size": group, "bits": bits, "mode": "affine"}}
+    assert parse(quantization=mixed).quantized == {"lm_head": MlxQuantization(bits, group)}
+
+
 def test_gptq_and_awq():
     assert parse(quantization_config=GPTQ).packed == PackedQuantization("gptq", 4, 128)
     assert parse(quantization_config=GPTQ | {"bits": 8, "desc_act": True}).packed == PackedQuantization("gptq", 8, 128, ordered=False)
