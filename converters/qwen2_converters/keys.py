@@ -69,10 +69,15 @@ def names(name: str, count: int) -> dict[str, str]:
         return {"general.size_label": size_label(count)}
     after = [bool(_SIZE.fullmatch(word) or _FINETUNE.fullmatch(word)) for word in words]
     start = after.index(True, 1)
-    tuned = [word for word in words[start:] if not _is_size(word, count) and not _VERSION.fullmatch(word)]
+    tuned = [_context(word) for word in words[start:] if not _is_size(word, count) and not _VERSION.fullmatch(word)]
     versions = [word for word in words[start:] if _VERSION.fullmatch(word)]
     found = {"basename": words[:start], "finetune": tuned, "version": versions, "size_label": list(dict.fromkeys(sizes))}
     return {f"general.{key}": "-".join(parts) for key, parts in found.items() if parts}
+
+
+def _context(word: str) -> str:
+    """Lengths of context in small letters: "32k". Other words as they are."""
+    return word.lower() if _SIZE.fullmatch(word) else word
 
 
 def _is_size(word: str, count: int) -> bool:
