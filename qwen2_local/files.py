@@ -22,7 +22,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -366,10 +366,10 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def sweep(parent: Path) -> int:
+def sweep(parent: Path, *, keep: Container[Path] = ()) -> int:
     """Deletes the unfinished files and folders in `parent` whose makers are gone, and puts back what they had replaced; how many.
 
-    What `partial` keeps is deleted when nobody has touched it for a week.
+    What `partial` keeps is deleted when nobody has touched it for a week, but for those in `keep`.
 
     Touches nothing else. Never raises OSError.
     """
@@ -379,7 +379,7 @@ def sweep(parent: Path) -> int:
             if _LEFTOVER.fullmatch(leftover.name):
                 with suppress(OSError):
                     swept += _sweep(leftover)
-            elif leftover.name.startswith(_PARTIAL):
+            elif leftover.name.startswith(_PARTIAL) and leftover not in keep:
                 with suppress(OSError):
                     swept += _sweep_partial(leftover)
     return swept

@@ -116,7 +116,7 @@ class Store:
     @staticmethod
     def seal(folder: Path, manifest: Manifest) -> None:
         """Makes `folder`, still under another name, a model: the manifest is its last file."""
-        files.write_atomic(folder / _MANIFEST, manifest.dump())
+        files.write_file(folder / _MANIFEST, manifest.dump())
         Manifest.read(folder / _MANIFEST)
 
     @staticmethod
@@ -266,11 +266,10 @@ def _guide(level: str | None) -> ModelRef:
 def _installed(name: str, store: Store) -> ModelRef | None:
     names = [installed.name for installed in store.list()]
     known = lookup(name)
-    if name not in names and known:
-        # "7b" finds "7b:q4_k_m", "7B-Instruct:Q4_0" finds "7b:q4_0".
-        model, quantization = known
-        wanted = f"{model.name}:{quantization}" if quantization else model.name
-        candidates = [one for one in names if one == wanted or (not quantization and one.startswith(f"{wanted}:"))]
+    if name not in names:
+        # "7b" finds "7b:q4_k_m", "7B-Instruct:Q4_0" finds "7b:q4_0"; "my-tune" finds "my-tune:q8_0".
+        model, level = (known[0].name, known[1]) if known else (name, None)
+        candidates = [one for one in names if one == (f"{model}:{level}" if level else model) or (not level and one.startswith(f"{model}:"))]
         if len(candidates) > 1:  # the original beside what was made of it
             candidates = [one for one in candidates if not one.endswith(":original")]
         if len(candidates) > 1:
@@ -318,9 +317,7 @@ def _unknown(name: str, looks_like_path: bool, store: Store) -> UnknownModel:
         model, level = known
         return UnknownModel(f"{model.title} is not installed.", hint=f"Get it with {how_to_get(model, level)}")
     if _HUB_ID.fullmatch(name):
-        return UnknownModel(
-            f"there is no file or folder {name[:200]}.", hint=f"Of a hub? `qwen2-local pull {name}` fetches it. See `qwen2-local ls`."
-        )
+        return UnknownModel(f"there is no file or folder {name[:200]}.", hint=f"If a hub has it: `qwen2-local pull {name}`.")
     if looks_like_path or name.endswith(".gguf"):
         return UnknownModel(f"there is no file or folder {name[:200]}.", hint="Check the name, or see `qwen2-local ls`.")
     here = [GUIDE, *(installed.name for installed in store.list())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -91,23 +92,24 @@ def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnPro
 
     Killed or stopped, the same call goes on. Damaged weights and a full disk leave nothing. Raises as `convert` does.
     """
-    for one in wanted:
-        if not files.partial_of(one.final).exists():
+    own = {files.partial_of(one.final) for one in wanted}
+    for folder in {one.final.parent for one in wanted}:
+        files.sweep(folder, keep=own)
+    if not any(path.exists() for path in own):
+        for one in wanted:
             one.refuse()  # before any work
     checkpoint, plans = _checked(source, [one.target for one in wanted], options)
     importance = read_importance(options.imatrix, checkpoint.config) if options.imatrix else None
     merge = _merge(checkpoint, options.lora) if options.lora else None
     total = sum(plan.nbytes for plan in plans)
     report(Progress("checking", 0, total))
-    for folder in {one.final.parent for one in wanted}:
-        files.sweep(folder)
     jobs = [_job(checkpoint, plan, one, options, importance) for one, plan in zip(wanted, plans, strict=True)]
     origin = _origin(checkpoint, options, merge)
     with ExitStack() as stack:
         makings: list[_Making] = []
         for one, job in zip(wanted, jobs, strict=True):
             makings.append(_Making(one, job, stack.enter_context(staged(one.final, job, _fingerprint(origin, job), file=one.bare))))
-        left = [making for making in makings if not making.staging.published]
+        left = _left(makings)
         with _tidied(left):
             for making in left:
                 making.wanted.refuse()
@@ -191,6 +193,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def _left(makings: Sequence[_Making]) -> list[_Making]:
+    """What is not published yet."""
+    left = [making for making in makings if not making.staging.published]
+    if len(left) < len(makings) and all(making.staging.entries is None and os.path.lexists(making.wanted.final) for making in left):
+        return []  # an earlier run was ended while it tidied up, which comes after all is published
+    return left
 
 
 def _require_free(makings: Sequence[_Making]) -> None:

@@ -36,7 +36,7 @@ def watched(folder: Path, see: Callable[[str, tuple[Any, ...], dict[str, Any], C
 
     def replacement(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if name == "open" and not args[1] & os.O_CREAT or not Path(_path_of(args[0], kwargs.get("dir_fd"))).is_relative_to(folder):
+            if (name == "open" and not args[1] & os.O_CREAT) or not Path(_path_of(args[0], kwargs.get("dir_fd"))).is_relative_to(folder):
                 return plain[name](*args, **kwargs)
             with lock:
                 return see(name, args, kwargs, (lambda: None) if name == "fsync" else (lambda: plain[name](*args, **kwargs)))
@@ -267,10 +267,14 @@ def _load(snapshot: dict[str, Any]) -> _Folder:
     return _Folder(entries, dict(entries))
 
 
-def _store(folder: _Folder, place: Path, *, names: bool) -> None:
+def _store(folder: _Folder, place: Path, *, names: bool, stored: dict[int, Path] | None = None) -> None:
+    stored = {} if stored is None else stored
     for name, one in (folder.entries if names else folder.durable).items():
         if isinstance(one, _Folder):
             (place / name).mkdir(mode=0o700)
-            _store(one, place / name, names=names)
+            _store(one, place / name, names=names, stored=stored)
+        elif id(one) in stored:
+            (place / name).hardlink_to(stored[id(one)])
         else:
+            stored[id(one)] = place / name
             (place / name).write_bytes(one.durable.ljust(len(one.data), b"\0")[: len(one.data)] if names else one.durable)
