@@ -69,18 +69,18 @@ def write(folder: Path, config: dict[str, Any], tensors: Weights, *, dtype: str 
     ):
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     if shards == 1:
-        _write_safetensors(folder / "model.safetensors", tensors, dtype)
+        write_safetensors(folder / "model.safetensors", tensors, dtype)
         return folder
     names, weight_map = list(tensors), {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        _write_safetensors(folder / file, {name: tensors[name] for name in names[shard::shards]}, dtype)
+        write_safetensors(folder / file, {name: tensors[name] for name in names[shard::shards]}, dtype)
         weight_map |= dict.fromkeys(names[shard::shards], file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
-def _write_safetensors(path: Path, tensors: Weights, dtype: str) -> None:
+def write_safetensors(path: Path, tensors: Weights, dtype: str) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     raws: list[bytes] = []
     offset = 0
