@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from qwen2_converters.keys import licence
+from qwen2_converters.about import licence
 from qwen2_converters.making import OnProgress, Options, Wanted, make
 from qwen2_converters.target import Target
 from qwen2_local.errors import UsageError

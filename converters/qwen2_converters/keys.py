@@ -5,20 +5,19 @@ Names and types as llama.cpp's convert_hf_to_gguf.py writes them (gguf-py's cons
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from qwen2_converters.about import licence, lineage, names
 from qwen2_converters.imatrix import Importance
 from qwen2_converters.mix import FILE_TYPES
 from qwen2_converters.planned import Plan
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.checkpoint import Checkpoint, member, parameters
 from qwen2_local.formats.config import Qwen2Config
-from qwen2_local.formats.model_card import read_card, read_card_lists
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.generation import GenerationDefaults, from_config
 from qwen2_local.vocabulary import Vocabulary, read_tokenizer_json
@@ -31,11 +30,6 @@ Keys: TypeAlias = dict[str, Value]
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _MAX_JSON = 4_000_000
 _MAX_TEXT = 1_000_000
-
-_SIZE = re.compile(r"(?P<active>[aA])?(?P<number>[0-9]{1,4}(\.[0-9]{1,3})?)(?P<unit>[kmbtKMBT])")
-_FINETUNE = re.compile(r"chat|instruct", re.IGNORECASE)
-_VERSION = re.compile(r"v?[0-9]+(\.[0-9]+)*", re.IGNORECASE)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def gguf_keys(checkpoint: Checkpoint, plan: Plan, name: str, importance: Importance | None = None, url: str = "") -> Keys:
@@ -51,50 +45,11 @@ def gguf_keys(checkpoint: Checkpoint, plan: Plan, name: str, importance: Importa
         **names(name, parameters(checkpoint.config)),
         **licence(checkpoint),
         **({"general.source.url": url} if url else {}),
-        **_card(checkpoint),
+        **lineage(checkpoint),
         "general.file_type": FILE_TYPES[plan.target.weights],
         "general.quantization_version": 2,
     }
     return keys | _sampling(checkpoint, generation) | _importance(importance) | _shape(plan.config) | _tokenizer(checkpoint, generation)
-
-
-def names(name: str, count: int) -> dict[str, str]:
-    """The keys that take a model's name apart: "Qwen2-7B-Instruct" has a basename, a size and a finetune. count: of its weights.
-
-    As gguf-py does it, for names that hold a size; else only the size is there, counted.
-    """
-    words = [word for word in name.split("-") if word]
-    sizes = [word.upper() for word in words[1:] if _is_size(word, count)] if " " not in name else []
-    if not sizes:
-        return {"general.size_label": size_label(count)}
-    after = [bool(_SIZE.fullmatch(word) or _FINETUNE.fullmatch(word)) for word in words]
-    start = after.index(True, 1)
-    tuned = [_context(word) for word in words[start:] if not _is_size(word, count) and not _VERSION.fullmatch(word)]
-    versions = [word for word in words[start:] if _VERSION.fullmatch(word)]
-    found = {"basename": words[:start], "finetune": tuned, "version": versions, "size_label": list(dict.fromkeys(sizes))}
-    return {f"general.{key}": "-".join(parts) for key, parts in found.items() if parts}
-
-
-def _context(word: str) -> str:
-    """Lengths of context in small letters: "32k". Other words as they are."""
-    return word.lower() if _SIZE.fullmatch(word) else word
-
-
-def _is_size(word: str, count: int) -> bool:
-    """Is it "7B", "0.5B" or "A14B", and no length of context such as "32K"?"""
-    match = _SIZE.fullmatch(word)
-    if not match:
-        return False
-    if match["active"]:
-        return True
-    claimed = float(match["number"]) * 10.0 ** (3 * " KMBT".index(match["unit"].upper()))
-    return abs(claimed - count) <= 7 * count / 8
-
-
-def size_label(count: int) -> str:
-    """A count of weights as GGUF files spell it, two digits or more: "494M", "7.6B"."""
-    size, letter = next((unit for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if count > unit[0]), (1e3, "K"))
-    return f"{count / size:.{1 if round(count / size) < 10 else 0}f}{letter}"
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
@@ -115,36 +70,6 @@ def optional_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` beside the weights; empty without the file. Raises BadFile."""
     path = member(checkpoint.folder, name)
     return read_object(path, _MAX_JSON) if path.exists() else {}
-
-
-def licence(checkpoint: Checkpoint) -> dict[str, str]:
-    """The keys general.license, .name and .link, as far as the head of README.md, where Hugging Face keeps them, has them."""
-    found = read_card(member(checkpoint.folder, "README.md"))
-    return {f"general.{name.replace('_', '.')}": value for name, value in found.items()}
-
-
-def _card(checkpoint: Checkpoint) -> Keys:
-    """What the model was made from, its tags and languages, as far as its README.md says so."""
-    card = read_card_lists(member(checkpoint.folder, "README.md"))
-    keys: Keys = {}
-    bases = [base for base in card.get("base_model", ()) if _HUB_ID.fullmatch(base)]
-    if bases:
-        keys["general.base_model.count"] = len(bases)
-    for number, base in enumerate(bases):
-        organization, _, model = base.partition("/")
-        keys[f"general.base_model.{number}.name"] = _title(model)
-        keys[f"general.base_model.{number}.organization"] = _title(organization)
-        keys[f"general.base_model.{number}.repo_url"] = f"https://huggingface.co/{base}"
-    for key, fields in (("tags", ("tags", "pipeline_tag")), ("languages", ("language", "languages"))):
-        values = [value for field in fields for value in card.get(field, ())]
-        if values:
-            keys[f"general.{key}"] = values
-    return keys
-
-
-def _title(text: str) -> str:
-    """A hub's id for people: "my-model-7B" is "My Model 7B"."""
-    return " ".join(word.title() if word.islower() and not word[0].isdecimal() else word for word in text.replace("-", " ").split())
 
 
 def _importance(importance: Importance | None) -> Keys:

@@ -49,6 +49,6 @@ def _fields(path: Path) -> dict[str, list[str]]:
             values = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
         for word in values:
             word = word.strip().strip("\"'")
-            if 0 < len(word) <= 200 and len(found.get(name, ())) < _MAX_ITEMS:
+            if 0 < len(word) <= 200 and word.isprintable() and len(found.get(name, ())) < _MAX_ITEMS:
                 found.setdefault(name, []).append(word)
     return found

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen2_converters.keys import gguf_keys, names
+from qwen2_converters.about import names
+from qwen2_converters.keys import gguf_keys
 from qwen2_converters.plan import make_plan
 from qwen2_converters.target import Target
 from qwen2_local.formats.checkpoint import open_checkpoint
@@ -100,7 +101,7 @@ def test_what_the_card_says_is_what_gguf_py_reads(folder: Path) -> None:
 def test_any_card_and_any_name_give_keys_that_can_be_written(folder: Path, text: str, name: str) -> None:
     (folder / "README.md").write_text(f"---\nlicense: x\n{text}\ntags: {text}\n---\n", encoding="utf-8")
     card = read_card_lists(folder / "README.md")
-    assert all(0 < len(word) <= 200 and len(words) <= 100 for words in card.values() for word in words)
+    assert all(0 < len(word) <= 200 and word.isprintable() and len(words) <= 100 for words in card.values() for word in words)
     assert all(isinstance(value, str) and value for value in names(name, 1000).values())
 
 
