@@ -138,14 +138,13 @@ def checkpoint_files(repository: Repository) -> tuple[HubFile, ...]:
     here = {file.path: file for file in repository.files}
     if "config.json" not in here:
         raise BadFile(f"{repository.id} holds no config.json, so it is no checkpoint.", hint="Check the name of the repository.")
-    weights: list[str] = []
-    if _INDEX in here:
-        shards = {int(match["number"]): (name, int(match["count"])) for name in here if (match := _SHARD.fullmatch(name))}
-        if not shards or sorted(shards) != list(range(1, max(count for _, count in shards.values()) + 1)):
+    shards = {int(match["number"]): (name, int(match["count"])) for name in here if (match := _SHARD.fullmatch(name))}
+    if _INDEX in here and shards:
+        if sorted(shards) != list(range(1, max(count for _, count in shards.values()) + 1)):
             raise BadFile(f"{repository.id} does not list all shards of its checkpoint.", hint="Try another revision or repository.")
         weights = [_INDEX, *(name for name, _ in shards.values())]
-    elif "model.safetensors" in here:
-        weights = ["model.safetensors"]
+    elif "model.safetensors" in here:  # MLX writes an index also for one file
+        weights = ["model.safetensors", *([_INDEX] if _INDEX in here else [])]
     else:
         hint = "Pickles (*.bin, *.pt) can run code and are never fetched. Look for a repository with .safetensors or .gguf files."
         raise BadFile(f"{repository.id} holds no .safetensors file.", hint=hint)
