@@ -71,6 +71,18 @@ class Pair:
         return self.b.shape[0], self.a.shape[1]
 
 
+class _Patterns:
+    """A table by patterns of modules' names, looked up as PEFT does: the first key that is the name or its end; or with "^", its beginning."""
+
+    def __init__(self, table: Mapping[str, float]) -> None:
+        self._table = {key: (number, value) for number, (key, value) in enumerate(table.items())}
+
+    def of(self, module: str, default: float) -> float:
+        # A stranger's table may be long, a name is not.
+        keys = [module[match.end() :] for match in re.finditer(r"^|\.", module)] + [f"^{module[:end]}" for end in range(1, len(module) + 1)]
+        return min((self._table[key] for key in keys if key in self._table), default=(0, default))[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A validated adapter. file: of the weights. pairs: by the module of Hugging Face ("model.layers.0.self_attn.q_proj"), at least one."""
@@ -104,7 +116,7 @@ def open_adapter(folder: Path, base: Qwen2Config | None = None) -> Adapter:
     rank, alpha = config.get("r"), _number(config.get("lora_alpha"), path, "lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise BadFile(f"{path}: r: {str(rank)[:60]} is no whole number from 1 to {MAX_RANK}.", hint=_HINT)
-    alphas = {key: _number(value, path, f"alpha_pattern.{key[:60]}") for key, value in _pattern(config, "alpha_pattern", path).items()}
+    alphas = _Patterns({key: _number(value, path, f"alpha_pattern.{key[:60]}") for key, value in _pattern(config, "alpha_pattern", path).items()})
     ranks = {rank, *_pattern(config, "rank_pattern", path).values()}
     rooted = config.get("use_rslora")
     if rooted not in (None, True, False):
@@ -116,7 +128,7 @@ def open_adapter(folder: Path, base: Qwen2Config | None = None) -> Adapter:
     for module, (a, b) in _found(file).items():
         if a.shape[0] not in ranks:
             raise BadFile(f"{file}: {module} has the rank {a.shape[0]}, which {CONFIG} does not name.", hint=_HINT)
-        scale = _of(module, alphas, alpha) / (math.sqrt(a.shape[0]) if rooted else a.shape[0])
+        scale = alphas.of(module, alpha) / (math.sqrt(a.shape[0]) if rooted else a.shape[0])
         pairs[module] = Pair(a, b, scale)
     if not pairs:
         raise BadFile(f"{file} adapts nothing.", hint=_HINT)
@@ -200,11 +212,3 @@ def _pattern(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]
         if not re.fullmatch(r"\^?[\w.]{1,200}", key):
             raise UnsupportedModel(f"{path}: {name} holds the pattern {key[:60]!r}.", hint="Only plain names of modules are known here.")
     return table
-
-
-def _of(module: str, table: Mapping[str, float], default: float) -> float:
-    """What `table` says of `module`, as PEFT looks it up: the first key that is its name or the end of it; "^": its name's beginning."""
-    for key, value in table.items():
-        if module.startswith(key[1:]) if key.startswith("^") else f".{module}".endswith(f".{key}"):
-            return value
-    return default
