@@ -29,7 +29,6 @@ MAX_RANGE = 64_000_000
 
 _HEAD = 512  # Bytes that tell a model file from a web page.
 _REPORT_S = 0.05
-_GRACE_S = 3.0
 _PAGES = (b"<!doctype", b"<html", b"version https://git-lfs")
 _KEPT = "Run the same command again: what has come is kept."
 _SOURCE = "It is not what its source announced. List what there is again, or use another source."
@@ -163,10 +162,10 @@ class _Job:
         finally:
             self._stop.set()
             self._web.hang_up()
-            limit = time.monotonic() + _GRACE_S
             for thread in threads:
-                if thread.ident is not None:
-                    thread.join(max(0.0, limit - time.monotonic()))
+                # One that waits for an answer may do so for long yet. It touches no file any more: it looks at `_stop` first.
+                while thread.is_alive() and not self._web.waits(thread):
+                    thread.join(0.02)
 
     def _work(self, todo: queue.SimpleQueue[RemoteFile]) -> None:
         try:
@@ -220,6 +219,7 @@ class _Job:
         if start == file.size:
             return
         with self._web.get(file.name, address, {"Range": f"bytes={start}-"} if start else {}) as response:
+            self._check_stop()
             chunks = response.iter_raw()
             head = _head(chunks) if start == 0 or response.status_code == 200 else b""
             # Before anything is thrown away: a network's log-in page must not cost what has come.
@@ -232,8 +232,7 @@ class _Job:
             if not begin:
                 part.restart(version, host)
             for chunk in _chain(head, chunks):
-                if self._stop.is_set():
-                    raise stopped()
+                self._check_stop()
                 if part.length + len(chunk) > file.size:
                     part.restart("", "")
                     raise BadFile(f"{file.name} does not end: {host} sends more than its {file.size} bytes.", hint=_SOURCE)
@@ -242,6 +241,10 @@ class _Job:
         if part.length < file.size:
             raise TryAgain(f"{host} ended {file.size - part.length} bytes too early")
 
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise stopped()
+
     @contextmanager
     def _reporting(self, file: RemoteFile, phase: Phase) -> Iterator[Callable[[int], None]]:
         """Sends on how many bytes are there, not more often than anybody can look, and ends early when told to stop."""
@@ -249,8 +252,7 @@ class _Job:
 
         def report(done: int) -> None:
             nonlocal last, told
-            if self._stop.is_set():
-                raise stopped()
+            self._check_stop()
             now = time.monotonic()
             if (now - last >= _REPORT_S or done == file.size) and done != told:
                 last, told = now, done

@@ -59,7 +59,7 @@ class Timeouts:
 
 
 class Web:
-    """Connections to servers, shared by threads. Use it in a `with` block; `hang_up` ends what other threads wait for."""
+    """Connections to servers, shared by threads. Use it in a `with` block."""
 
     def __init__(self, timeouts: Timeouts | None = None) -> None:
         """Raises FetchFailed where the environment names a proxy or certificates that cannot be used."""
@@ -80,20 +80,28 @@ class Web:
             raise FetchFailed("The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read.", hint=_CERTIFICATES) from error
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._waiting: set[int] = set()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.close()
+        # Closing a socket under a thread that waits on it could let it read from whatever gets the number next.
+        if not self._waiting:
+            self._client.close()
 
     def hang_up(self) -> None:
-        """Breaks every answer that is being read, so that a thread stuck in one goes on (with TryAgain)."""
+        """Breaks every answer that is being read, so that a thread stuck in one goes on (with TryAgain). One that `waits` is not reached."""
         with self._lock:
             for one in self._open:
                 with suppress(OSError):
                     # Not SSLSocket's own, which takes the socket apart under the thread that reads it.
                     socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+    def waits(self, thread: threading.Thread) -> bool:
+        """Whether `thread` waits in `get` for a connection or an answer."""
+        with self._lock:
+            return thread.ident in self._waiting
 
     @contextmanager
     def get(self, name: str, address: Address, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
@@ -113,7 +121,7 @@ class Web:
                 if url.scheme not in ("http", "https") or not url.host:
                     raise FetchFailed(f"{name}: its address is no web address, {url.scheme!r} is not fetched.", hint="Use https.")
                 at_home = at_home and _origin(url) == home
-                with self._client.stream("GET", url, headers={**(address.headers if at_home else {}), **headers}) as response:
+                with self._answer(url, {**(address.headers if at_home else {}), **headers}) as response:
                     if response.status_code not in _REDIRECT:
                         _sort_status(name, response, host)
                         with self._reading(response):
@@ -125,6 +133,20 @@ class Web:
             raise FetchFailed(f"{name}: {host} leads to an address that is none.", hint=_LATER) from error
         except httpx2.HTTPError as error:
             raise _sort(name, error, host) from error
+
+    @contextmanager
+    def _answer(self, url: httpx2.URL, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        me = threading.get_ident()
+        with self._lock:
+            self._waiting.add(me)
+        try:
+            with self._client.stream("GET", url, headers=headers) as response:
+                with self._lock:
+                    self._waiting.discard(me)
+                yield response
+        finally:
+            with self._lock:
+                self._waiting.discard(me)
 
     @contextmanager
     def _reading(self, response: httpx2.Response) -> Iterator[None]:

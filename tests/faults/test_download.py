@@ -262,15 +262,23 @@ def test_a_changed_etag_starts_the_file_over(hub: HubServer, folder: Path, check
     assert hub.requests(NAME)[-1].headers.get("range") is None
 
 
+def test_a_stale_beginning_does_not_use_up_the_second_chance(hub: HubServer, folder: Path) -> None:
+    file = remote(hub, NAME, OTHER)
+    hub.plain[NAME] = DATA
+    hub.fault(NAME, cut_after=30_000, then=lambda: hub.plain.update({NAME: OTHER}))
+    # The rest is of another version than the beginning; then a wrong byte; then all is well.
+    hub.fault(NAME, headers={})
+    hub.fault(NAME, wrong_byte=5)
+    fetch(folder, file)
+    assert whole(folder, OTHER)
+    assert [one.headers.get("range") for one in hub.log] == [None, "bytes=30000-", None, None]
+
+
 def test_a_file_that_changes_between_two_tries_starts_over(hub: HubServer, folder: Path) -> None:
     file = remote(hub, NAME, OTHER, "size")
     hub.plain[NAME] = DATA
-    hub.fault(NAME, cut_after=30_000)
-
-    def swap(progress: object) -> None:
-        hub.plain[NAME] = OTHER
-
-    fetch(folder, file, progress=swap)
+    hub.fault(NAME, cut_after=30_000, then=lambda: hub.plain.update({NAME: OTHER}))
+    fetch(folder, file)
     assert whole(folder, OTHER)
 
 
@@ -328,8 +336,8 @@ def test_an_expired_address_is_resolved_again(hub: HubServer, folder: Path) -> N
         given.append(hub.sign(NAME, DATA))
         return Address(given[-1])
 
-    hub.fault(NAME, cut_after=30_000)
-    fetch(folder, described(NAME, DATA, resolve), progress=lambda _: hub.signed.pop(given[0].rpartition("=")[2], None))
+    hub.fault(NAME, cut_after=30_000, then=hub.signed.clear)
+    fetch(folder, described(NAME, DATA, resolve))
     assert whole(folder)
     assert len(given) == 2
     assert sorted(one.status for one in hub.log) == [200, 206, 403]
@@ -501,6 +509,24 @@ def test_cancelling_is_quick_and_keeps_what_has_come(hub: HubServer, folder: Pat
     hub.log.clear()
     fetch(folder, remote(hub, NAME, DATA))
     assert hub.sent(NAME) == 60_000
+
+
+def test_cancelling_does_not_wait_for_an_answer(hub: HubServer, folder: Path) -> None:
+    hub.fault(NAME, hold=True)
+    cancelled = threading.Event()
+    threading.Timer(0.3, cancelled.set).start()
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        fetch(folder, remote(hub, NAME, DATA), cancelled=cancelled, timeouts=type(SHORT)(read=60))
+    assert time.monotonic() - started < 2
+    fetch(folder, remote(hub, NAME, DATA))
+    assert whole(folder)
+
+
+def test_a_server_that_never_answers_is_given_up(hub: HubServer, folder: Path) -> None:
+    hub.fault(NAME, times=100, hold=True)
+    with pytest.raises(FetchFailed, match="has stopped answering"):
+        fetch(folder, remote(hub, NAME, DATA), patience=type(QUICK)(tries=2))
 
 
 def test_what_a_callback_raises_ends_the_download(hub: HubServer, folder: Path) -> None:

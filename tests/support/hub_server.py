@@ -79,6 +79,10 @@ class Fault:
     """Zeros without end, after the file."""
     chunked: bool = False
     """No Content-Length."""
+    hold: bool = False
+    """No answer at all, until the server stops or the client goes away."""
+    then: Callable[[], object] | None = None
+    """Called when this has been sent, before the client can ask again."""
 
 
 @dataclass
@@ -329,6 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _bytes(self, name: str, data: bytes, etag: str, headers: Mapping[str, str] | None = None) -> None:
         """The file, or the range asked for, or what a fault makes of it."""
         fault = self.hub.take_fault(self.host, name, last=True) if self.command == "GET" else Fault(name, 0)
+        if fault.hold:
+            return self._hold()
         if fault.status is not None:
             return self._error(fault.status, headers=fault.headers)
         if fault.redirect:
@@ -357,6 +363,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.chunked or fault.endless or fault.content_length is not None:
             self.close_connection = True
 
+    def _hold(self) -> None:
+        while not self.hub.stopping.wait(0.02) and not _gone(self.connection):
+            pass
+        self.close_connection = True
+
     def _send(self, body: bytes, fault: Fault) -> None:
         if self.command == "HEAD":
             return
@@ -366,8 +377,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.stopping.wait(fault.pause)
             self._body(body[begin : min(begin + step, end)])
         if fault.stall_after is not None:
-            while not self.hub.stopping.wait(0.02) and not _gone(self.connection):
-                pass
+            self._hold()
+        if fault.then:
+            fault.then()
         if fault.cut_after is not None or fault.stall_after is not None:
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
