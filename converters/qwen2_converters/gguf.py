@@ -27,7 +27,9 @@ _ALIGNMENT = 32
 _BLOCK = 1 << 20
 """Weights of a block: 10 MB in all its forms, a few milliseconds of work."""
 
-_TOO_LARGE = 65520.0  # rounds to infinity in 16 bits
+_TOO_LARGE = {"F32": math.inf, "BF16": 3.3961775e38}
+_TOO_LARGE_ELSE = 65520.0
+"""What rounds to infinity: all other types keep their weights, or the scales of these, in F16."""
 
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
@@ -51,11 +53,11 @@ def _encode(block: Block, raw: Buffer, importance: Importance | None) -> list[Bu
     part = block.tensor.parts[0]
     kind = BY_NAME[part.type]
     weights = ggml.to_float32(raw, block.dtype)
-    # NaN spreads through both. Every type but F32 keeps its weights or their scales in 16-bit floats.
+    # NaN spreads through both.
     peak = float(np.maximum(weights.max(), -weights.min()))
     if not math.isfinite(peak):
         raise BadFile(f"{block.file}: {part.name} holds weights that are no finite numbers.", hint="Fetch the model again from its source.")
-    if peak >= _TOO_LARGE and kind.name != "F32":
+    if peak >= _TOO_LARGE.get(kind.name, _TOO_LARGE_ELSE):
         raise BadFile(f"{block.file}: {part.name} holds a weight of {peak:g}, too large for {kind.name}.", hint="Convert to gguf:f32, or for MLX.")
     columns = part.shape[-1]
     # A block never holds rows of two experts.

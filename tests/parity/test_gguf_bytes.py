@@ -16,6 +16,7 @@ from qwen2_converters.keys import gguf_keys
 from qwen2_converters.plan import make_plan
 from qwen2_converters.target import GGUF, Target
 from qwen2_local import backends
+from qwen2_local.errors import BadFile
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.config import parse_config
@@ -81,6 +82,22 @@ def test_a_real_layer_is_what_llama_cpp_makes(tmp_path: Path) -> None:
     for kind in ("q4_k_m", "q3_k_m", "q4_0"):
         ours = convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf")
         assert_same(ours, quantize(plain, tmp_path / f"{kind}-reference.gguf", kind), kind)
+
+
+def test_weights_that_only_wide_floats_hold(tmp_path: Path) -> None:
+    """BF16 reaches as far as F32, F16 and what is built on it does not."""
+    config = tiny_checkpoint.dense(torch_dtype="float32")
+    weights = tiny_checkpoint.weights(config, "F32")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = 1e9
+    folder = tiny_checkpoint.write(tmp_path / "hf", config, weights, dtype="F32")
+    plain = write_plain(tmp_path / "plain.gguf", config, weights)
+    for kind in ("f32", "bf16"):
+        assert_same(
+            convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf"), quantize(plain, tmp_path / f"{kind}-reference.gguf", kind), kind
+        )
+    for kind in ("f16", "q8_0"):
+        with pytest.raises(BadFile, match=r"blk\.0\.ffn_up\.weight holds a weight of 1e\+09"):
+            convert(folder, Target("gguf", kind), tmp_path / f"{kind}.gguf")
 
 
 @pytest.mark.parametrize("case", ["tied, 128 wide", "8 experts", "8 experts, fused"])
