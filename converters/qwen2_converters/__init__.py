@@ -4,7 +4,9 @@
     target    what to make ("gguf:q4_0", "mlx:4bit")                plan      what will be written, before any weight is read
     gguf      writes a GGUF file; keys, mix and ggml serve it       mlx       writes an MLX folder
     blocks    moves weights from file to file in bounded memory     destination   where a conversion may write
-    companions   the small files beside the weights
+    companions   the small files beside the weights                 download  brings files from a server: resumed, hashed, whole
+
+`download` is told by `remote` what to fetch; `web` asks, `retry` how often, and `partial` is a file on its way.
 
 The API and the command line call `convert` and `install` when they need them; `target` and `plan` are cheap to import. No conversion
 touches the network, runs code of a checkpoint, or copies any.
