@@ -1,4 +1,4 @@
-"""`qwen2-local convert`: a Hugging Face folder to GGUF or MLX."""
+"""`qwen2-local convert`: a Hugging Face folder, or a LoRA adapter, to GGUF or MLX."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import click
 from qwen2_local import files, store
 from qwen2_local.cli import output
 from qwen2_local.errors import UsageError
+from qwen2_local.formats.checkpoint import member
+from qwen2_local.formats.config import read_config
 
 if TYPE_CHECKING:
     from qwen2_converters.target import Target
@@ -31,19 +33,31 @@ _PATH = click.Path(path_type=Path)
 @click.option("--pad-ffn", is_flag=True, help="Pad the FFN with zeros to whole blocks of 256: the same model, k-quants for 72B (GGUF).")
 @click.option("--yarn", is_flag=True, help="Stretch the context as the model's makers announced (GGUF).")
 @click.option("--lora", type=_PATH, metavar="ADAPTER", help="Merge a PEFT LoRA adapter, a folder, into the weights.")
+@click.option("--base", metavar="MODEL", help="Where SOURCE is an adapter: the model that it is for, to check it against.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each target.")
 def convert(
     source: str, targets: Sequence[str], destination: Path | None, name: str | None, force: bool,
-    imatrix: Path | None, pad_ffn: bool, yarn: bool, lora: Path | None, as_json: bool,
+    imatrix: Path | None, pad_ffn: bool, yarn: bool, lora: Path | None, base: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Convert SOURCE, a Qwen2 checkpoint as a Hugging Face folder, to TARGET. Nothing half-made ever has its name; what is stopped goes on."""
+    """Convert SOURCE to TARGET. Nothing half-made ever has its name; what is stopped goes on.
+
+    SOURCE is a Qwen2 checkpoint as a Hugging Face folder, plain or of GPTQ or AWQ; or the folder of a PEFT LoRA adapter.
+    """
     if name is not None and (destination is not None or force):
         raise click.UsageError("--name installs the model: it goes with neither -o nor --force.")
     from qwen2_converters.convert import Options, Progress, convert_all, name_of
     from qwen2_converters.install import install_all
+    from qwen2_converters.lora import is_adapter
     from qwen2_converters.target import Target
 
     wanted = [Target.parse(target) for target in targets]
+    if is_adapter(Path(source)):
+        if name or imatrix or yarn or lora:
+            raise click.UsageError(f"{source} is an adapter: --name, --imatrix, --yarn and --lora are for models.")
+        _convert_adapter(Path(source), base, wanted, destination, force=force, pad_ffn=pad_ffn, as_json=as_json)
+        return
+    if base is not None:
+        raise click.UsageError(f"--base is for adapters, and {source} is none.")
     ref = store.resolve(source)
     if ref.origin == "installed":
         raise UsageError(f"{ref.label} is installed, so it has been converted already.", hint="Conversions start from the original folder.")
@@ -65,7 +79,31 @@ def convert(
             convert_all(ref.path, list(zip(wanted, places, strict=True)), overwrite=force, progress=report, options=options)
         else:
             install_all(ref.path, list(zip(wanted, names, strict=True)), models, progress=report, options=options)
-    seconds = time.monotonic() - started
+    _say(wanted, places, names, time.monotonic() - started, as_json=as_json)
+
+
+def _convert_adapter(
+    source: Path, base: str | None, wanted: Sequence[Target], destination: Path | None, *, force: bool, pad_ffn: bool, as_json: bool
+) -> None:
+    from qwen2_converters.adapters import convert_adapter
+
+    config = None
+    if base is not None:
+        ref = store.resolve(base)
+        if ref.format == "gguf":
+            raise UsageError(f"{base} is a GGUF file, which an adapter cannot be checked against.", hint="Give the original model's folder.")
+        config = read_config(member(ref.path, "config.json"))
+    places = _places(wanted, destination, source.resolve().name)
+    gguf = any(target.format == "gguf" for target in wanted)
+    started = time.monotonic()
+    for target, place in zip(wanted, places, strict=True):
+        # Refused where there is no such target, as for models.
+        convert_adapter(source, config, target, place, pad_ffn=pad_ffn and (target.format == "gguf" or not gguf), overwrite=force)
+    _say(wanted, places, [""] * len(wanted), time.monotonic() - started, as_json=as_json)
+
+
+def _say(wanted: Sequence[Target], places: Sequence[Path], names: Sequence[str], seconds: float, *, as_json: bool) -> None:
+    """What was made, and where."""
     for target, place, installed in zip(wanted, places, names, strict=True):
         size = sum(file.stat().st_size for file in place.iterdir() if file.name != "manifest.json") if place.is_dir() else place.stat().st_size
         if as_json:

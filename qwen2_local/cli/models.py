@@ -94,7 +94,7 @@ def _facts(ref: store.ModelRef) -> dict[str, object]:
         checkpoint = open_checkpoint(ref.path)
         config = checkpoint.config
         bits = config.quantization
-        quantization = config.dtype if bits is None else f"{bits.bits}-bit, groups of {bits.group}"
+        quantization = str(config.packed or config.dtype) if bits is None else f"{bits.bits}-bit, groups of {bits.group}"
         form = "MLX" if ref.format == "mlx" else "Hugging Face checkpoint"
         facts |= {"format": form, "quantization": quantization, "architecture": config.model_type, "parameters": parameters(config)}
         facts |= {"layers": config.layers, "hidden": config.hidden, "heads": f"{config.heads}/{config.kv_heads}", "vocabulary": config.vocabulary}

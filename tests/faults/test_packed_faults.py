@@ -15,6 +15,7 @@ from qwen2_converters.target import Target
 from qwen2_local.errors import BadFile, UnsupportedModel, UsageError
 from qwen2_local.formats.checkpoint import open_checkpoint
 from tests.support import packed, tiny_checkpoint
+from tests.support.arriving import LocalArrivals
 from tests.support.random_qwen2 import Weights
 
 DENSE = tiny_checkpoint.dense(intermediate_size=256, torch_dtype="float16")
@@ -121,3 +122,16 @@ def test_a_checkpoint_that_shrinks_meanwhile(tmp_path: Path) -> None:
         file.truncate(matrix.parts["qweight"].entry.begin + 100)
     with pytest.raises(BadFile, match="became shorter"):
         matrix.fetch(8, 16)
+
+
+@pytest.mark.parametrize("target", ["gguf:q4_0", "mlx:4bit"])
+def test_shards_that_are_still_arriving(target: str, tmp_path: Path) -> None:
+    """A matrix whose tensors lie in several shards needs them all: none is let go before the end."""
+    source, _ = packed.checkpoint(tmp_path, DENSE, packed.settings("gptq"), shards=4)
+    arrivals = LocalArrivals(source, tmp_path / "stubs")
+    made = convert(tmp_path / "stubs", Target.parse(target), tmp_path / "made", name="x", options=Options(arrivals=arrivals))
+    want = convert(source, Target.parse(target), tmp_path / "want", name="x")
+    for path in [want] if want.is_file() else want.iterdir():
+        assert (made / path.relative_to(want) if want.is_dir() else made).read_bytes() == path.read_bytes()
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert (arrivals.waited, arrivals.dropped) == (shards, shards)
