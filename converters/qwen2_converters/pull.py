@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Literal
 
 from qwen2_converters.download import download, read_range
+from qwen2_converters.fetching import AHEAD, Fetching, is_stub, make_stub
 from qwen2_converters.hub import sources
 from qwen2_converters.hub.asked import Asked, understand
 from qwen2_converters.hub.choose import ORIGINAL, Choice, Way, choose, siblings
 from qwen2_converters.hub.preflight import Licence, Shape, check_keys, converted_bytes, disk_needed, fits, licence_of, memory_at, shape_of
 from qwen2_converters.hub.repository import HubFile, Repository, SourceName, level_of, source_hash
-from qwen2_converters.making import Options, Wanted, make
+from qwen2_converters.making import Options, Progress, Wanted, make
+from qwen2_converters.remote import RemoteFile
 from qwen2_converters.target import Target
 from qwen2_local import files, fit
 from qwen2_local.errors import BadFile, Offline, Qwen2LocalError, UnknownModel, UsageError
@@ -72,7 +74,8 @@ class Model:
 class PullPlan:
     """What a pull will do. fetch: bytes still to come over the network. here: bytes of the files that are on this computer already.
 
-    disk: bytes to have free. fits: does the largest of the models leave this machine some room at a context of 8192?
+    disk: bytes to have free. draft: the name under which the store keeps what is unfinished. discard_source: each shard of the original is deleted
+    once it is converted.
     """
 
     title: str
@@ -88,6 +91,7 @@ class PullPlan:
     memory: fit.Memory
     store: Store
     draft: str
+    discard_source: bool = False
 
     @property
     def current(self) -> bool:
@@ -142,6 +146,7 @@ def prepare(
     revision: str = "",
     source: SourceName | Literal[""] = "",
     install_as: str = "",
+    discard_source: bool = False,
     backend: str = "llama.cpp",
     store: Store | None = None,
     memory: fit.Memory | None = None,
@@ -149,7 +154,8 @@ def prepare(
     """What pulling `name` means; fetches listings and a few headers only, and writes nothing.
 
     name: of the catalog ("7b:q8_0"), a hub's id, an address, or a path. targets: convert the original to these. original: keep the original.
-    source: the hub to ask; by default Hugging Face. install_as: a name for it. backend: what it is to run on, "llama.cpp" or "mlx".
+    source: the hub to ask; by default Hugging Face. install_as: a name for it. discard_source: delete each shard of the original as soon as
+    nothing needs it any more. backend: what it is to run on, "llama.cpp" or "mlx".
 
     Raises UnknownModel, UsageError, FetchFailed, Offline, BadFile, UnsupportedModel, DoesNotFit for a disk that is too small.
     """
@@ -168,13 +174,11 @@ def prepare(
         asked, repositories, backend=backend, targets=targets, original=original, size_of=converted_bytes,
         fits=lambda way: fits(way, shape_of(way.repository, asked.model), memory),
     )  # fmt: skip
-    return _plan(asked, choice, store, memory, install_as)
+    return _plan(asked, choice, store, memory, install_as, discard_source)
 
 
-def carry_out(plan: PullPlan, *, progress: OnProgress | None = None, discard_source: bool = False) -> tuple[Manifest, ...]:
+def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Manifest, ...]:
     """Does what `plan` says, and gives the manifests of its models. Stopped or killed at any point, the same call goes on where it was.
-
-    discard_source: delete each shard of the original as soon as nothing needs it any more.
 
     Raises FetchFailed, Offline, BadFile and UnsupportedModel for what came, DoesNotFit, Cancelled, UsageError while another process makes it.
     """
@@ -183,6 +187,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None, discard_sou
     report = progress or (lambda _: None)
     files.require_free(plan.store.folder, plan.disk)
     kept = next((model for model in plan.models if model.target is None), None)
+    to_make = [model for model in plan.models if model.target is not None and model.state != "current"]
     with plan.store.resume(plan.draft, replace=True) as draft:
         if kept is not None and kept.state == "current":
             source = plan.store.get(kept.name).folder
@@ -190,11 +195,10 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None, discard_sou
             source = Path(plan.way.repository.id)
         else:
             source = draft.folder
-            _gather(plan, source, report)
+        missing = _gather(plan, source, report, late=bool(to_make)) if source == draft.folder else []
         _check(plan, source, report)
-        to_make = [model for model in plan.models if model.target is not None and model.state != "current"]
         if to_make:
-            _convert(plan, to_make, source, report)
+            _convert(plan, to_make, source, missing, report)
         if kept is not None and kept.state != "current":
             listed = [file.name for file in plan.way.files]
             for stray in source.iterdir():
@@ -231,7 +235,7 @@ def _try(source: SourceName, revision: str, id: str) -> Repository | Qwen2LocalE
         return error
 
 
-def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, install_as: str) -> PullPlan:
+def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, install_as: str, discard: bool) -> PullPlan:
     way, repository = choice.best, choice.best.repository
     refuse_clashes((file.name for file in way.files), repository.id)
     keys = _peek(way) if way.format == "gguf" and asked.model is None and not repository.config else None
@@ -242,15 +246,20 @@ def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, instal
     draft = models[0].name if models[0].target is None else f"{base}:{ORIGINAL}"
     todo = [model for model in models if model.state != "current"]
     missing = [file for file in way.files if next(_places(repository, file, store, draft), None) is None]
-    fetch = sum(file.size - min(file.size, _begun(store.unfinished(draft) / f"{file.name}.part")) for file in missing)
+    fetch = sum(file.size - min(file.size, _begun(store.unfinished(draft), file)) for file in missing)
+    discard = discard and bool(way.targets) and not way.label and not is_local(repository)
+    shards = sorted((file.size for file in way.files if file.name.endswith(".safetensors")), reverse=True)
+    # A packed matrix may lie in several shards: then they are needed together.
+    held = sum(shards[: AHEAD + 1]) if discard and repository.kind == "original" else fetch
     copied = way.fetched if is_local(repository) and not way.targets else 0
     written = sum(converted_bytes(repository, model.target) for model in todo if model.target is not None)
-    disk = disk_needed(fetch + copied, written) if todo else 0
+    disk = disk_needed(min(held, fetch) + copied, written) if todo else 0
     title = asked.model.title if asked.model else repository.id.rstrip("/").rpartition("/")[2]
     return PullPlan(
         title=title, way=way, runner_up=choice.runner_up, models=models, shape=shape_of(repository, asked.model, keys),
         licence=licence_of(repository, asked.model), fetch=fetch if todo else 0, here=way.fetched - sum(file.size for file in missing),
         disk=disk, disk_free=files.free_bytes(store.folder), memory=memory, store=store, draft=draft,
+        discard_source=discard,
     )  # fmt: skip
 
 
@@ -340,56 +349,70 @@ def _local(repository: Repository, file: HubFile) -> Path | None:
 
 def _places(repository: Repository, file: HubFile, store: Store, draft: str) -> Iterator[Path]:
     """Where the bytes of `file` may be already, by size; they are still to be hashed."""
-    folders = [store.unfinished(draft)]
-    folders += [one.folder for one in store.list() if one.manifest and one.manifest.source.lower() == repository.id.lower()]
-    for place in (_local(repository, file), *(folder / file.name for folder in folders)):
-        if place is not None and place.is_file() and place.stat().st_size == file.size:
+    folders = [one.folder for one in store.list() if one.manifest and one.manifest.source.lower() == repository.id.lower()]
+    for place in (store.unfinished(draft) / file.name, _local(repository, file), *(folder / file.name for folder in folders)):
+        if place is not None and place.is_file() and place.stat().st_size == file.size and not is_stub(place):
             yield place
 
 
-def _begun(part: Path) -> int:
+def _begun(folder: Path, file: HubFile) -> int:
     """Bytes on the disk of a half-fetched file."""
-    return part.stat().st_blocks * 512 if part.is_file() else 0
+    parts = (folder / f"{file.name}.part", _beside(folder) / file.name / f"{file.name}.part", _beside(folder) / file.name / file.name)
+    return sum(part.stat().st_blocks * 512 for part in parts if part.is_file())
 
 
-def _gather(plan: PullPlan, folder: Path, report: OnProgress) -> None:
-    """Brings all files of the way into `folder`, verified: from this computer where they are here, else over the network."""
+def _beside(folder: Path) -> Path:
+    """Where shards are fetched to while others are converted."""
+    return folder.with_name("shards")
+
+
+def _gather(plan: PullPlan, folder: Path, report: OnProgress, *, late: bool) -> list[RemoteFile]:
+    """Brings the files of the way into `folder`, verified: from this computer where they are here, else over the network.
+
+    late: shards that are not here are left as stubs, to be fetched while they are converted; gives those.
+    """
     repository, total, done = plan.way.repository, plan.way.fetched, 0
-    missing = []
+    first: list[RemoteFile] = []
+    later: list[RemoteFile] = []
     for file in plan.way.files:
         advance = partial(_verified, report, file, done, total)
-        if not (_link(repository, file, folder, advance) if is_local(repository) else _take(plan, file, folder, advance)):
-            missing.append(file)
+        if is_local(repository):
+            _link(repository, file, folder, advance)
+        elif not _take(plan, file, folder, advance):
+            (later if late and file.name.endswith(".safetensors") else first).append(sources.remote(repository, file))
         done += file.size
-    if missing:
-        fetch = [sources.remote(repository, file) for file in missing]
-        download(fetch, folder, progress=lambda at: report(Step(at.phase, at.file, at.done, at.total, at.file_done, at.file_total)))
+    if first:
+        download(first, folder, progress=lambda at: report(Step(at.phase, at.file, at.done, at.total, at.file_done, at.file_total)))
+    for remote in later:
+        stub = folder / remote.name
+        if not (stub.is_file() and stub.stat().st_size == remote.size and is_stub(stub)):
+            report(Step("checking", remote.name, 0, 0))
+            make_stub(remote, stub)
+    return later
 
 
 def _verified(report: OnProgress, file: HubFile, done: int, total: int, count: int) -> None:
     report(Step("verifying", file.name, done + count, total, count, file.size))
 
 
-def _link(repository: Repository, file: HubFile, folder: Path, advance: Callable[[int], None]) -> bool:
+def _link(repository: Repository, file: HubFile, folder: Path, advance: Callable[[int], None]) -> None:
     """Brings a file of a local model into `folder`."""
     place = _local(repository, file)
     assert place is not None
     (folder / file.name).unlink(missing_ok=True)
     link_or_copy(place.resolve(), folder / file.name, advance)
-    return True
 
 
 def _take(plan: PullPlan, file: HubFile, folder: Path, advance: Callable[[int], None]) -> bool:
-    """Brings `file` into `folder` from the Hugging Face cache or an installed model, if it is there and right.
-
-    What is in `folder` already is left to the downloader, which looks at it again.
-    """
+    """Has `file` in `folder`, if it was there, or is in the Hugging Face cache or an installed model, and is right."""
     path = folder / file.name
-    if path.exists() or not (file.sha256 or file.blob):
+    if not (file.sha256 or file.blob):
         return False
     for place in _places(plan.way.repository, file, plan.store, plan.draft):
         if _is(place, file, advance):
-            link_or_copy(place.resolve(), path, advance)
+            if place != path:
+                path.unlink(missing_ok=True)
+                link_or_copy(place.resolve(), path, advance)
             return True
     return False
 
@@ -437,9 +460,10 @@ def _check(plan: PullPlan, folder: Path, report: OnProgress) -> None:
         raise type(error)(error.what.replace(f"{folder}/", f"{plan.way.repository.id}: "), hint=error.hint) from error
 
 
-def _convert(plan: PullPlan, models: Sequence[Model], source: Path, report: OnProgress) -> None:
-    """Makes and installs `models` of the checkpoint in `source`, out of one read."""
+def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Sequence[RemoteFile], report: OnProgress) -> None:
+    """Makes and installs `models` of the checkpoint in `source`, out of one read, while the shards that are `missing` come."""
     names = ", ".join(model.name for model in models)
+    repository = plan.way.repository
     with ExitStack() as stack:
         wanted = []
         for model in models:
@@ -448,7 +472,22 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, report: OnPr
             file = f"{model.name.replace(':', '-')}.gguf" if model.target.format == "gguf" else ""
             seal = partial(_seal, plan, model)
             wanted.append(Wanted(model.target, folder, file, False, lambda: None, overwrite=True, seal=seal))
-        make(source, wanted, Options(name=plan.title), lambda step: report(Step(step.phase, names, step.done, step.total)))
+        identity = plan.source_hash or f"{repository.id} {repository.revision}"
+        bounded = plan.discard_source and repository.kind == "original"
+        keep = any(model.target is None for model in plan.models)
+        fetching = Fetching(missing, source, _beside(source), identity, keep=keep, discard=plan.discard_source, bounded=bounded)
+        stack.enter_context(fetching)
+        fetching.tell = lambda: report(Step("fetching", repository.id, fetching.done, fetching.total))
+
+        def advance(step: Progress) -> None:
+            if fetching.done < fetching.total:
+                fetching.tell()
+            report(Step(step.phase, names, step.done, step.total))
+
+        # Of what is on this computer, its place and time tell more.
+        make(source, wanted, Options(name=plan.title, arrivals=None if is_local(repository) else fetching), advance)
+        if keep:
+            fetching.finish()
 
 
 def _seal(plan: PullPlan, model: Model, _: Checkpoint, folder: Path) -> None:

@@ -61,7 +61,16 @@ def pull(
     wanted = tuple(dict.fromkeys(Target.parse(target) for target in targets))
     with output.Status() as status:
         status.show(f"looking for {model}")
-        plan = prepare(model, targets=wanted, original=original, revision=revision, source=source or "", install_as=name, backend=_backend())
+        plan = prepare(
+            model,
+            targets=wanted,
+            original=original,
+            revision=revision,
+            source=source or "",
+            install_as=name,
+            discard_source=discard_source,
+            backend=_backend(),
+        )
     if not as_json:
         for line in _lines(plan):
             print(clean_line(line), file=sys.stdout if dry_run else sys.stderr)
@@ -72,7 +81,7 @@ def pull(
     _require_consent(plan, yes=yes, accepted=accept_licence)
     try:
         with Meter() as meter:
-            made = carry_out(plan, progress=meter.step, discard_source=discard_source)
+            made = carry_out(plan, progress=meter.step)
     except (KeyboardInterrupt, Cancelled):
         output.note(f"kept {output.gigabytes(plan.kept())}: run the same command to go on.")
         raise

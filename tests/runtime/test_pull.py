@@ -89,7 +89,7 @@ def test_the_original_becomes_several_models_out_of_one_fetch(hub):
     assert done.returncode == 0, done.stderr
     assert [one.name for one in Store().list()] == ["0.5b:mlx-4bit", "0.5b:q4_k_m"]
     weights = len(hub.repos[MODEL].files["model.safetensors"])
-    assert hub.sent("model.safetensors") <= weights + 100_000
+    assert hub.sent("model.safetensors") <= weights + (1 << 18), "more than the weights and once their header"
     answers("0.5b:q4_k_m")
     left = [path for path in Store().folder.rglob("*") if path.stat().st_size == weights]
     assert left == [], "the original was to go"
