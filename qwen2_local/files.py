@@ -261,7 +261,8 @@ def partial(final: Path) -> Iterator[Path]:
     folder = partial_of(final)
     with disk_errors(final), ExitStack() as stack:
         while True:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
             state = folder.lstat()
             if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
                 raise UsageError(f"{folder} is in the way: it is not a folder of yours.", hint="Delete it, or choose another place.")
@@ -386,6 +387,8 @@ def sweep(parent: Path, *, keep: Container[Path] = ()) -> int:
 
 
 def _sweep_partial(folder: Path) -> bool:
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        return False
     touched = max(path.lstat().st_mtime for path in [folder, *folder.iterdir()])
     if time.time() - touched < _KEEP_PARTIAL_S:
         return False

@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +132,11 @@ def journal(path: Path, fingerprint: str, entries: Entries | None, data: Sequenc
             made = Journal(handle, data, entries.pieces if entries else frozenset(), pool)
             try:
                 yield made
-            finally:
-                made.sync()
+            except BaseException:
+                with suppress(OSError):
+                    made.sync()
+                raise
+            made.sync()
     finally:
         os.close(handle)
 

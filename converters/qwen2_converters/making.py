@@ -107,8 +107,10 @@ def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnPro
     origin = _origin(checkpoint, options, merge)
     with ExitStack() as stack:
         makings: list[_Making] = []
-        for one, job in zip(wanted, jobs, strict=True):
-            makings.append(_Making(one, job, stack.enter_context(staged(one.final, job, _fingerprint(origin, job), file=one.bare))))
+        with _tidied(makings):
+            for one, job in zip(wanted, jobs, strict=True):
+                staging = stack.enter_context(staged(one.final, job, _fingerprint(origin, job), file=one.bare))
+                makings.append(_Making(one, job, staging))
         left = _left(makings)
         with _tidied(left):
             for making in left:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import struct
 import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,25 @@ def hexdump(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def stop_in_the_middle(source: Path, target: Target, output: Path, *, overwrite: bool = False) -> int:
+    """Ends a conversion as Ctrl-C does; after how many bytes."""
+    done = 0
+
+    def stop(progress: Progress) -> None:
+        nonlocal done
+        if progress.done > progress.total / 2:
+            done = progress.done
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, output, progress=stop, overwrite=overwrite)
+    return done
+
+
 def same(one: Path, other: Path) -> bool:
     return (hexdump(one) == hexdump(other)) if one.is_dir() else one.read_bytes() == other.read_bytes()
 
@@ -55,7 +75,8 @@ def test_an_output_that_exists_is_kept(source: Path, target: Target, tmp_path: P
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_an_output_that_appears_meanwhile_is_kept(source: Path, target: Target, tmp_path: Path) -> None:
+def test_an_output_that_appears_meanwhile_is_kept_and_so_is_the_work(source: Path, target: Target, tmp_path: Path) -> None:
+    wanted = convert(source, target, tmp_path / "wanted")
     output = tmp_path / "out"
 
     def meddle(progress: Progress) -> None:
@@ -65,25 +86,31 @@ def test_an_output_that_appears_meanwhile_is_kept(source: Path, target: Target, 
     with pytest.raises(UsageError, match="exists"):
         convert(source, target, output, progress=meddle)
     assert output.read_text() == "mine"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    output.unlink()
+    phases: list[str] = []
+    convert(source, target, output, progress=lambda progress: phases.append(progress.phase))
+    assert phases == ["checking", "publishing"]
+    assert same(output, wanted)
+    assert names(tmp_path) == ["hf", "out", "wanted"]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failed_conversion_changes_nothing(source: Path, target: Target, overwrite: bool, tmp_path: Path) -> None:
+def test_a_stopped_conversion_changes_nothing_and_goes_on(source: Path, target: Target, overwrite: bool, tmp_path: Path) -> None:
+    wanted = convert(source, target, tmp_path / "wanted")
     output = tmp_path / "out"
     if overwrite:
-        convert(source, target, output)
+        convert(source, Target(target.format, "f32"), output)
     before = hexdump(tmp_path)
-
-    def stop(progress: Progress) -> None:
-        if progress.done > progress.total / 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, target, output, progress=stop, overwrite=overwrite)
-    assert hexdump(tmp_path) == before
+    stopped_at = stop_in_the_middle(source, target, output, overwrite=overwrite)
+    assert {name: content for name, content in hexdump(tmp_path).items() if not name.startswith(".qwen2-partial-out/")} == before
     assert output.exists() == overwrite
+    seen: list[Progress] = []
+    convert(source, target, output, overwrite=overwrite, progress=seen.append)
+    started_at = next(progress.done for progress in seen if progress.phase == "converting")
+    assert stopped_at / 2 < started_at < seen[-1].total
+    assert same(output, wanted)
+    assert names(tmp_path) == ["hf", "out", "wanted"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub", "model.gguf", "modeling_qwen2.py", "manifest.json"])
@@ -121,8 +148,9 @@ def test_a_folder_that_gets_other_files_meanwhile_is_kept(source: Path, tmp_path
 
     with pytest.raises(UsageError, match="mine"):
         convert(source, TARGETS[1], output, progress=meddle, overwrite=True)
-    assert (output / "mine").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    (output / "mine").unlink()
+    convert(source, TARGETS[1], output, overwrite=True)
+    assert names(tmp_path) == ["hf", "out"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -200,43 +228,143 @@ def test_progress_adds_up(source: Path, tmp_path: Path) -> None:
         assert seen[-2].tensor
 
 
-KILLED = """
-import os, sys, signal
-from pathlib import Path
-from qwen2_converters import blocks
-from qwen2_converters.install import install
-from qwen2_converters.convert import convert
-from qwen2_converters.target import Target
-from qwen2_local.store import Store
-writes = 0
-def write(handle, data, offset, plain=blocks._write):
-    global writes
-    writes += 1
-    if writes == int(sys.argv[4]):
-        plain(handle, data[: data.size // 2], offset)
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(handle, data, offset)
-blocks._write = write
-target = Target.parse(sys.argv[2])
-source, folder = Path(sys.argv[1]), Path(sys.argv[3])
-convert(source, target, folder / "out") if sys.argv[5] == "file" else install(source, target, Store(folder), "tiny")
-"""
-
-
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("write", [1, 17])
-@pytest.mark.parametrize("where", ["file", "store"])
-def test_kill_9_leaves_nothing_behind_the_name(source: Path, target: Target, write: int, where: str, tmp_path: Path) -> None:
+def test_what_is_half_made_is_no_model(source: Path, target: Target, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir()
-    killed = subprocess.run([sys.executable, "-c", KILLED, source, str(target), folder, str(write), where], timeout=60, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == []
-    store = Store(folder)  # sweeps
+
+    def stop(progress: Progress) -> None:
+        if progress.done > progress.total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install(source, target, Store(folder), "tiny", progress=stop)
+    assert names(folder) == [".qwen2-partial-tiny", ".tiny.lock"]
+    store = Store(folder)
     assert store.list() == []
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".qwen2-")] == []
     manifest = install(source, target, store, "tiny")
     assert store.get("tiny").manifest == manifest
+    assert names(folder) == [".tiny.lock", "tiny"]
+
+
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors of GGUF files that are quantized from now on."""
+    seen: list[str] = []
+    plain = gguf._encode
+
+    def encode(block: blocks.Block, raw: blocks.Buffer, **rest: Any) -> list[blocks.Buffer]:
+        seen.append(block.tensor.parts[0].name)
+        return plain(block, raw, **rest)
+
+    monkeypatch.setattr(gguf, "_encode", encode)
+    return seen
+
+
+def test_no_finished_tensor_is_done_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = encoded(monkeypatch)
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+    first = seen.copy()
+    seen.clear()
+    convert(source, TARGETS[0], tmp_path / "out")
+    # What was under way when it was stopped may be done twice, one block for each thread and those that waited.
+    assert len(set(first) & set(seen)) <= 3 * making.cpu.cores() + 1
+    assert set(first) | set(seen) == set(read_gguf(tmp_path / "out").tensors)
+
+
+def touch(source: Path) -> None:
+    os.utime(source / "model-00001-of-00002.safetensors", ns=(1, 1))
+
+
+def retarget(source: Path) -> None:
+    (source / "generation_config.json").unlink()  # a part of the header
+
+
+@pytest.mark.parametrize("change", [touch, retarget])
+def test_another_source_starts_over(source: Path, change: Callable[[Path], None], tmp_path: Path) -> None:
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+    change(source)
+    wanted = convert(source, TARGETS[0], tmp_path / "wanted")
+    seen: list[Progress] = []
+    convert(source, TARGETS[0], tmp_path / "out", progress=seen.append)
+    assert len([progress for progress in seen if progress.phase == "converting"]) == len(read_gguf(wanted).tensors)
+    assert same(tmp_path / "out", wanted)
+
+
+def test_another_target_of_the_same_name_starts_over(source: Path, tmp_path: Path) -> None:
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+    for target in (TARGETS[1], Target("gguf", "f16")):
+        wanted = convert(source, target, tmp_path / target.label)
+        assert same(convert(source, target, tmp_path / "out"), wanted)
+        (tmp_path / "out").rename(tmp_path / f"{target.label}-done")
+
+
+@pytest.mark.parametrize("damage", ["journal", "torn", "data", "shorter", "foreign", "numbers"])
+def test_damaged_staging_is_never_trusted(source: Path, damage: str, tmp_path: Path) -> None:
+    wanted = convert(source, TARGETS[0], tmp_path / "wanted")
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+    folder = tmp_path / ".qwen2-partial-out"
+    journal, data = folder / "journal", folder / "made" / "model.gguf"
+    match damage:
+        case "journal":
+            journal.unlink()
+            data.write_bytes(bytes(data.stat().st_size))
+        case "torn":  # a line without its checksum is none
+            raw = journal.read_bytes()
+            journal.write_bytes(raw.split(b"\n")[0] + b"\n" + b"00000000 0 1 2 3\n" + b"\xff\n")
+            data.write_bytes(bytes(data.stat().st_size))
+        case "data":
+            data.unlink()
+        case "shorter":
+            os.truncate(data, 100)
+        case "foreign":
+            journal.write_text("not ours\n" * 1000)
+            data.write_bytes(bytes(data.stat().st_size))
+        case "numbers":
+            text = " ".join(str(number) for number in range(10**6, 10**6 + 50))
+            with journal.open("a") as file:
+                file.write(f"{zlib.crc32(text.encode()):08x} {text}\n")
+    assert same(convert(source, TARGETS[0], tmp_path / "out"), wanted)
+    assert names(tmp_path) == ["hf", "out", "wanted"]
+
+
+def test_one_process_at_a_time(source: Path, tmp_path: Path) -> None:
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+
+    def other(_: Progress) -> None:
+        with pytest.raises(UsageError, match=f"out is in use by process {os.getpid()}"):
+            convert(source, TARGETS[0], tmp_path / "out")
+        old = time.time() - 30 * 86400
+        for path in (tmp_path / ".qwen2-partial-out").iterdir():
+            os.utime(path, (old, old))
+        os.utime(tmp_path / ".qwen2-partial-out", (old, old))
+        assert files.sweep(tmp_path) == 0
+
+    convert(source, TARGETS[0], tmp_path / "out", progress=lambda p: other(p) if p.phase == "converting" else None)
+    assert names(tmp_path) == ["hf", "out"]
+
+
+def test_work_that_nobody_goes_on_with_is_swept(source: Path, tmp_path: Path) -> None:
+    stop_in_the_middle(source, TARGETS[0], tmp_path / "out")
+    assert files.sweep(tmp_path) == 0
+    old = time.time() - 8 * 86400
+    for path in (tmp_path / ".qwen2-partial-out", *(tmp_path / ".qwen2-partial-out").iterdir()):
+        os.utime(path, (old, old))
+    convert(source, TARGETS[1], tmp_path / "other")
+    assert names(tmp_path) == ["hf", "other"]
+
+
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_a_staging_place_that_is_not_ours_is_left_alone(source: Path, what: str, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    place = tmp_path / ".qwen2-partial-out"
+    if what == "link":
+        place.symlink_to("victim")
+    else:
+        place.write_text("mine")
+    with pytest.raises(UsageError, match="in the way"):
+        convert(source, TARGETS[0], tmp_path / "out")
+    assert os.path.lexists(place)
+    assert list((tmp_path / "victim").iterdir()) == []
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ class LocalArrivals:
             self._stub(file)
 
     def _stub(self, file: Path) -> None:
-        whole = (self._source / file.name).read_bytes()
+        whole = (file if file.exists() else self._source / file.name).read_bytes()
         head = 8 + struct.unpack("<Q", whole[:8])[0]
         with file.open("wb") as made:
             made.write(whole[:head])

@@ -56,24 +56,19 @@ class Bench:
         self.source = tiny_checkpoint.write(work / "hf", config, tiny_checkpoint.weights(config), shards=3)
         self.place = work / "place"
         self.run: Callable[[], object] = lambda: SCENARIOS[scenario](self.source, self.place / "out")
-        self.replaced = scenario == "replaced"
+        self.before = work / "before"
+        self.before.mkdir()
+        if scenario == "replaced":
+            other = tiny_checkpoint.write(work / "other", config, tiny_checkpoint.weights(config, seed=2))
+            convert_all(other, [(GGUF, self.before / "a"), (MLX, self.before / "b")])
         self.fresh()
         self.run()
         self.wanted = content(self.place / "out")
-        self.fresh()
 
     def fresh(self) -> Path:
-        """Clears the output folder."""
+        """Makes the output folder what it is before the scenario."""
         shutil.rmtree(self.place, ignore_errors=True)
-        out = self.place / "out"
-        out.mkdir(parents=True)
-        if self.replaced:
-            config = tiny_checkpoint.dense(num_hidden_layers=1)
-            other = self.place / "other"
-            tiny_checkpoint.write(other, config, tiny_checkpoint.weights(config, seed=2))
-            convert(other, GGUF, out / "a")
-            convert(other, MLX, out / "b")
-        return out
+        return Path(shutil.copytree(self.before, self.place / "out"))
 
     def again(self, where: str) -> None:
         """The same command once more. It may also find that it had been done."""
