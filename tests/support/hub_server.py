@@ -12,12 +12,14 @@ answered from how the real servers answer; tests/unit/test_hub_server.py holds i
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import re
 import secrets
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -397,6 +399,13 @@ def _gone(connection: socket.socket) -> bool:
         connection.setblocking(True)
 
 
+def _pour(source: socket.socket, into: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            into.sendall(data)
+        into.shutdown(socket.SHUT_WR)
+
+
 def _hf_entry(path: str, data: bytes, kind: str) -> dict[str, Any]:
     sha256 = hashlib.sha256(data).hexdigest()
     pointer = POINTER.replace(b"0" * 64, sha256.encode()).replace(b"size 123", b"size %d" % len(data))
@@ -414,9 +423,12 @@ def _modelscope_entry(path: str, data: bytes, commit: str) -> dict[str, Any]:
 
 
 class Proxy:
-    """A plain HTTP proxy: answers requests for whole addresses by asking for them itself. `log` holds the addresses."""
+    """An HTTP proxy: asks for whole addresses itself, and makes tunnels (CONNECT). `log` holds the addresses, of tunnels HOST:PORT.
 
-    def __init__(self) -> None:
+    password: what Proxy-Authorization must be, if anything.
+    """
+
+    def __init__(self, password: str = "") -> None:
         self.log: list[str] = []
         proxy = self
 
@@ -426,9 +438,21 @@ class Proxy:
             def log_message(self, *_: Any) -> None:
                 pass
 
-            def do_GET(self) -> None:
-                import http.client
+            def do_CONNECT(self) -> None:
+                proxy.log.append(self.path)
+                if password and self.headers.get("Proxy-Authorization") != password:
+                    return self.send_error(407)
+                host, _, port = self.path.partition(":")
+                with socket.create_connection((host, int(port))) as onward:
+                    self.send_response(200)
+                    self.end_headers()
+                    back = threading.Thread(target=_pour, args=(onward, self.connection), daemon=True)
+                    back.start()
+                    _pour(self.connection, onward)
+                    back.join()
+                self.close_connection = True
 
+            def do_GET(self) -> None:
                 proxy.log.append(self.path)
                 parts = urlsplit(self.path)
                 onward = http.client.HTTPConnection(parts.hostname or "", parts.port)

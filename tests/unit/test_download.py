@@ -294,6 +294,23 @@ def test_a_certificate_that_the_environment_names_is_trusted(secure: str, author
     assert (folder / NAME).read_bytes() == some(5000)
 
 
+def test_encryption_goes_through_a_proxy_in_a_tunnel(secure: str, authority: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.with_name("cert.pem")))
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    file = described(NAME, some(5000), lambda: Address(f"{secure}/data", {"Authorization": "secret"}))
+    with Proxy(password="Basic dXNlcjp3b3Jk") as proxy:
+        monkeypatch.delenv("https_proxy", raising=False)
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//user:word@"))
+        fetch(folder, file)
+        assert (folder / NAME).read_bytes() == some(5000)
+        assert proxy.log == [secure.removeprefix("https://")]
+        (folder / NAME).unlink()
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with pytest.raises(FetchFailed, match="the proxy does not let the request through"):
+            fetch(folder, file)
+
+
 def test_no_redirect_leads_out_of_encryption(secure: str, authority: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.with_name("cert.pem")))
     with pytest.raises(FetchFailed, match="without encryption"):
