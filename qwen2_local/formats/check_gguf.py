@@ -147,14 +147,14 @@ def _parts(path: Path) -> list[GgufHeader]:
     missing = [name.name for name in names if not name.is_file()]
     if missing:
         raise BadFile(f"{path.parent} lacks {len(missing)} of {count} parts: {', '.join(missing[:3])}.", hint="Fetch the missing parts.")
-    del header  # its keys may be many
+    del header
     headers: list[GgufHeader] = []
-    for number, name in enumerate(names):
+    # The first, whose keys are the model's, comes last: those of two hostile parts would not fit into memory.
+    for number, name in reversed(list(enumerate(names))):
         part = read_gguf(name)
         if _split_key(part, "split.count", 1) != count or _split_key(part, "split.no", -1) != number:
             raise _bad(part.path, f"it is not part {number + 1} of {count}, as its name says")
-        # The first has all keys; those of a thousand hostile parts would not fit into memory.
-        headers.append(replace(part, keys={}) if number else part)
+        headers.insert(0, replace(part, keys={}) if number else part)
         if sum(len(part.tensors) for part in headers) > _MAX_TENSORS:
             raise _bad(path, f"its parts hold more than {_MAX_TENSORS} tensors")
     return headers

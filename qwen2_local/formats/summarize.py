@@ -18,7 +18,7 @@ from qwen2_local.formats.model_card import read_card
 from qwen2_local.formats.safetensors import SafetensorsHeader, read_header
 from qwen2_local.formats.strict_json import read_object
 from qwen2_local.formats.summarize_gguf import summarize_gguf
-from qwen2_local.formats.summary import Fact, Summary, TensorLine, abbreviated, histogram
+from qwen2_local.formats.summary import MAX_TEMPLATE, Fact, Summary, TensorLine, abbreviated, abbreviated_table, histogram
 
 _MAX_JSON = 4_000_000
 _MAX_INDEX = 16_000_000
@@ -66,9 +66,8 @@ def summarize(path: Path) -> Summary:
 
 def _one_file(path: Path) -> Summary:
     shards = _Shards()
-    header = read_header(path)
-    shards.add(header)
-    return shards.summary("safetensors", {}, keys={key: abbreviated(value) for key, value in header.metadata.items()})
+    keys = shards.add(read_header(path))
+    return shards.summary("safetensors", {}, keys=keys)
 
 
 def _folder(folder: Path) -> Summary:
@@ -83,12 +82,7 @@ def _folder(folder: Path) -> Summary:
         hint = "Give a GGUF or safetensors file, or a folder with config.json and .safetensors files."
         raise BadFile(f"{folder} holds no model.", hint=hint)
     for name in names:
-        try:
-            shards.add(read_header(member(folder, name)))
-        except BadFile as error:
-            shards.faults.append(error.what)
-        if len(shards.tensors) > _MAX_TENSORS:
-            shards.faults.append(f"{folder} holds more than {_MAX_TENSORS:,} tensors; what follows {name} was not read.")
+        if not shards.read(folder, name):
             break
     if not names:
         shards.faults.append(f"{folder} holds no .safetensors files.")
@@ -99,7 +93,7 @@ def _folder(folder: Path) -> Summary:
     facts |= _beside(folder, shards.faults)
     template = facts.pop("template", "")
     bits = _Bits(quantization)
-    keys = {key: abbreviated(value, 2) for key, value in islice(config.items(), 1000)}
+    keys = abbreviated_table(config)
     config.clear()
     note = ""
     if not shards.faults:
@@ -121,17 +115,14 @@ def _adapter(folder: Path) -> Summary:
         shards.faults.append(error.what)
     weights = [name for name in _ADAPTER_WEIGHTS if (folder / name).exists()]
     for name in weights:
-        try:
-            shards.add(read_header(member(folder, name)))
-        except BadFile as error:
-            shards.faults.append(error.what)
+        shards.read(folder, name)
     if not weights:
         shards.faults.append(f"{folder} holds none of {' and '.join(_ADAPTER_WEIGHTS)}.")
     facts = {name: abbreviated(config[field]) for field, name in _ADAPTER_FACTS.items() if config.get(field) is not None}
     lora = _table(config, "lora_parameters")  # mlx_lm's
     facts |= {name: abbreviated(lora[name]) for name in ("rank", "scale", "alpha") if name in lora}
     kind = "MLX adapter" if "lora_parameters" in config or "adapters.safetensors" in weights else "PEFT adapter"
-    return shards.summary(kind, facts, keys={key: abbreviated(value, 2) for key, value in islice(config.items(), 1000)})
+    return shards.summary(kind, facts, keys=abbreviated_table(config))
 
 
 class _Bits:
@@ -166,7 +157,21 @@ class _Shards:
         self.mlx = False
         self.faults: list[str] = []
 
-    def add(self, header: SafetensorsHeader) -> None:
+    def read(self, folder: Path, name: str) -> bool:
+        """Adds one more file, or the fault why not. Is there room for more?"""
+        try:
+            header = read_header(member(folder, name))
+        except BadFile as error:
+            self.faults.append(error.what)
+            return True
+        if len(self.tensors) + len(header.tensors) > _MAX_TENSORS:
+            self.faults.append(f"{header.path} and what follows it is not shown: there are more than {_MAX_TENSORS:,} tensors in all.")
+            return False
+        self.add(header)
+        return True
+
+    def add(self, header: SafetensorsHeader) -> dict[str, Fact]:
+        """Gives the file's metadata."""
         self.files.append(header.path.name)
         self.size += header.path.stat().st_size
         self.mlx = self.mlx or header.metadata.get("format") == "mlx"
@@ -175,6 +180,7 @@ class _Shards:
             self.faults.append(f"{header.path} is damaged: the tensor {min(twice)[:100]!r} is in another file, too.")
         for name, entry in header.tensors.items():
             self.tensors[name] = TensorLine(name, entry.dtype, entry.shape, header.path.name, entry.begin, entry.end - entry.begin)
+        return abbreviated_table(header.metadata)
 
     def summary(
         self, kind: str, facts: dict[str, Fact], *, keys: dict[str, Fact], bits: _Bits | None = None, template: str = "", note: str = ""
@@ -234,7 +240,7 @@ def _beside(folder: Path, faults: list[str]) -> dict[str, Fact]:
             names = {"tokenizer_class": "class", "bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
             facts["tokenizer"] = {name: abbreviated(tokenizer[key]) for key, name in names.items() if isinstance(tokenizer.get(key), str)}
             if isinstance(tokenizer.get("chat_template"), str):
-                facts["template"] = tokenizer["chat_template"]
+                facts["template"] = tokenizer["chat_template"][:MAX_TEMPLATE]
         if not facts.get("template") and (folder / "chat_template.jinja").exists():
             facts["template"] = _text(member(folder, "chat_template.jinja"))
         licence = read_card(member(folder, "README.md")).get("license")
@@ -248,7 +254,7 @@ def _beside(folder: Path, faults: list[str]) -> dict[str, Fact]:
 def _text(path: Path) -> str:
     try:
         with open_regular(path) as file:
-            return file.read(1_000_000).decode("utf-8", "replace")
+            return file.read(MAX_TEMPLATE).decode("utf-8", "replace")
     except OSError as error:
         raise BadFile(f"{path} cannot be read: {error.strerror}.") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.check_gguf import FILE_TYPES, open_gguf, split_parts
 from qwen2_local.formats.gguf import GgufHeader, GgufValue, salvage_gguf
-from qwen2_local.formats.summary import Fact, Summary, TensorLine, abbreviated, cut, histogram
+from qwen2_local.formats.summary import MAX_TEMPLATE, Fact, Summary, TensorLine, abbreviated, abbreviated_table, cut, histogram
 
 _MAX_TENSORS = 65_536
 _SHAPE = {
@@ -75,9 +75,9 @@ def _read_part(path: Path, found: _Found, *, first: bool) -> None:
         found.faults.append(fault.what)
     if first:
         found.facts = _facts(header)
-        found.keys = {key: abbreviated(value) for key, value in header.keys.items()}
+        found.keys = abbreviated_table(header.keys)
         template = header.keys.get("tokenizer.chat_template")
-        found.template = template if isinstance(template, str) else ""
+        found.template = template[:MAX_TEMPLATE] if isinstance(template, str) else ""
     twice = header.tensors.keys() & found.tensors.keys()
     if twice:
         found.faults.append(f"{path} is damaged: the tensor {min(twice)!r} is in another part, too.")

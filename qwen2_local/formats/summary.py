@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
 Fact: TypeAlias = "str | int | float | bool | dict[str, Fact] | list[Fact] | None"
 """A value that JSON can hold: no NaN, no infinity."""
 
+MAX_TEMPLATE = 1_000_000
+"""Characters of a chat template that are kept at most. Qwen2's has 300."""
+
 _SHOWN = 200
 _FIRST = 8
+_KEYS = 1000
 _ARRAYS = {
     "b": "int8", "B": "uint8", "h": "int16", "H": "uint16", "i": "int32", "I": "uint32", "q": "int64", "Q": "uint64", "f": "float32",
     "d": "float64",
@@ -99,6 +104,12 @@ def abbreviated(value: object, depth: int = 3) -> Fact:
             return first
         return {"count": len(value), "of": _ARRAYS[value.typecode] if isinstance(value, array) else _names(value), "first": first}
     return cut(str(value))
+
+
+def abbreviated_table(table: Mapping[str, object]) -> dict[str, Fact]:
+    """The same for the keys of a file, of which a thousand are enough."""
+    shown = {cut(key): abbreviated(value, 2) for key, value in islice(table.items(), _KEYS)}
+    return shown if len(table) <= _KEYS else shown | {"…": f"{len(table):,} keys in all"}
 
 
 def cut(text: str) -> str:
