@@ -6,6 +6,9 @@
     blocks    moves weights from file to file in bounded memory     destination   where a conversion may write
     companions   the small files beside the weights                 download  brings files from a server: resumed, hashed, whole
 
+A checkpoint of GPTQ or AWQ: `packed` reads its matrices, `gptq` and `awq` know their packing, `repack` the outputs', `plan_packed` what becomes of
+what. A LoRA adapter: `lora` reads it, `merge` adds it to the weights on their way, `adapters` converts it by itself.
+
 `download` is told by `remote` what to fetch; `web` asks, `retry` how often, and `partial` is a file on its way.
 
 The API and the command line call `convert` and `install` when they need them; `target` and `plan` are cheap to import. No conversion
