@@ -135,3 +135,30 @@ def test_shards_that_are_still_arriving(target: str, tmp_path: Path) -> None:
         assert (made / path.relative_to(want) if want.is_dir() else made).read_bytes() == path.read_bytes()
     shards = sorted(path.name for path in source.glob("*.safetensors"))
     assert (arrivals.waited, arrivals.dropped) == (shards, shards)
+
+
+@pytest.mark.parametrize("target", ["gguf:q4_0", "mlx:4bit"])
+def test_a_stopped_conversion_goes_on(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = packed.checkpoint(tmp_path, DENSE, packed.settings("gptq"))
+    want = convert(source, Target.parse(target), tmp_path / "want", name="x")
+    fetch = reading.PackedMatrix.fetch
+    seen: list[str] = []
+
+    def stop(self: reading.PackedMatrix, first: int, rows: int) -> Any:
+        seen.append(self.name)
+        if len(set(seen)) == 8:
+            raise KeyboardInterrupt
+        return fetch(self, first, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.PackedMatrix, "fetch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, Target.parse(target), tmp_path / "made", name="x")
+        done = set(seen)
+        seen.clear()
+        patch.setattr(reading.PackedMatrix, "fetch", lambda self, first, rows: seen.append(self.name) or fetch(self, first, rows))
+        made = convert(source, Target.parse(target), tmp_path / "made", name="x")
+    assert len(set(seen)) < 14
+    assert done | set(seen) == {name.removesuffix(".qweight") for name in open_checkpoint(source).tensors if name.endswith(".qweight")}
+    for path in [want] if want.is_file() else want.iterdir():
+        assert (made / path.relative_to(want) if want.is_dir() else made).read_bytes() == path.read_bytes()

@@ -17,7 +17,9 @@ from qwen2_converters import packed as reading
 from qwen2_converters.convert import convert
 from qwen2_converters.target import Target
 from tests.support import packed, tiny_checkpoint
-from tests.support.packed_parity import gguf_weights, logits, mlx_weights, same
+from tests.support.packed_parity import TOKENS, apart, gguf_weights, logits, mlx_weights, same
+
+mlx_lm = pytest.importorskip("mlx_lm")
 
 pytestmark = pytest.mark.usefixtures("on_processor")
 
@@ -87,14 +89,20 @@ def test_a_checkpoint_to_gguf_and_mlx(case: str, tmp_path: Path) -> None:
     same(mlx_weights(ours), mlx_weights(convert(plain, Target("mlx", "f32"), tmp_path / "mlx")))
 
 
-def test_both_backends_compute_what_the_weights_say(tmp_path: Path) -> None:
-    source, plain = packed.checkpoint(tmp_path, DENSE, packed.settings("gptq"))
-    for target, tolerance in (("gguf:q4_0", 0.12), ("mlx:4bit-g128", 1e-5)):  # llama.cpp rounds activations to 8 bits before Q4_0
+@pytest.mark.parametrize("case", ["tied, 4 bits", "untied, 8 bits", "experts"])
+def test_both_backends_and_mlx_lm_compute_what_the_weights_say(case: str, tmp_path: Path) -> None:
+    config, bits, group = CASES[case]
+    source, plain = packed.checkpoint(tmp_path, config, packed.settings("gptq", bits, group))
+    # llama.cpp rounds activations to 8 bits before it multiplies.
+    for target, tolerance in ((f"gguf:q{bits}_0", 0.12), (f"mlx:{bits}bit-g{group}", 1e-5)):
         format = Target.parse(target).format
         want = logits(convert(plain, Target(format, "f32"), tmp_path / f"plain.{format}"))
-        have = logits(convert(source, Target.parse(target), tmp_path / f"ours.{format}"))
+        made = convert(source, Target.parse(target), tmp_path / f"ours.{format}")
         assert want.std() > 0.5
-        assert np.sqrt(((have - want) ** 2).mean(axis=1)).max() / want.std() < tolerance, target
+        assert apart(logits(made), want) < tolerance, target
+    model, _ = mlx_lm.utils.load_model(made)
+    # mlx_lm computes in 16 bits up to the first matrix: the embedding and a norm.
+    assert apart(np.array(model(mx.array([TOKENS]))[0].astype(mx.float32)), want) < 2e-3
 
 
 def test_a_bias_of_zeros_is_dropped_and_slices_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from qwen2_local.backends.base import Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.formats.config import read_config
 from tests.support import lora, tiny_checkpoint
-from tests.support.packed_parity import TOKENS, gguf_weights, logits
+from tests.support.packed_parity import TOKENS, apart, gguf_weights, logits
 from tests.support.random_qwen2 import Array
 
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -69,11 +69,6 @@ def adapted_logits(model: Path, adapter: Path) -> Array:
         backend.close()
     assert result is not None
     return result
-
-
-def apart(one: Array, other: Array) -> float:
-    """The root mean square over a position's logits, of the worst position, in standard deviations of the logits."""
-    return float(np.sqrt(((one - other) ** 2).mean(axis=1)).max() / other.std())
 
 
 @pytest.mark.parametrize("case", CASES)

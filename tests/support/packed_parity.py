@@ -56,3 +56,8 @@ def logits(model: Path) -> Array:
         backend.close()
     assert result is not None
     return result
+
+
+def apart(one: Array, other: Array) -> float:
+    """The root mean square over a position's logits, of the worst position, in standard deviations of the logits."""
+    return float(np.sqrt(((one - other) ** 2).mean(axis=1)).max() / other.std())
