@@ -35,8 +35,8 @@ def quantize(weights: npt.NDArray[Any], dtype: str, bits: int, group: int) -> tu
     step = max(1, _CHUNK // group)
     for first in range(0, len(groups), step):
         chunk = slice(first, first + step)
-        # A group a column: NumPy then works on many groups at once.
-        columns = widen(np.ascontiguousarray(groups[chunk].T), dtype)
+        # A group a column: NumPy then works on many groups at once. A copy even of a single group, as it is overwritten.
+        columns = widen(np.array(groups[chunk].T, order="C"), dtype)
         scales[chunk], biases[chunk] = _line(columns, bits)
         codes[chunk] = _packed(_codes(columns, scales[chunk], biases[chunk], bits), bits).T
     return codes.reshape(-1), scales, biases

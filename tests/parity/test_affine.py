@@ -75,6 +75,16 @@ def test_groups_with_nothing_or_one_thing_in_them(dtype: str) -> None:
         same_as_mlx(weights, dtype, bits, 32)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_weights_are_left_as_they_were(dtype: str, count: int) -> None:
+    """Another output may be made of them."""
+    weights = narrow(np.linspace(-1, 1, 32 * count, dtype=np.float32), dtype)
+    before = weights.copy()
+    affine.quantize(weights, dtype, 4, 32)
+    assert np.array_equal(weights, before)
+
+
 @pytest.mark.parametrize("fault", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_what_is_no_number_shows_in_its_group_s_scale(dtype: str, fault: float) -> None:
