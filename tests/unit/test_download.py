@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import json
 import random
 import shutil
 import ssl
@@ -107,6 +108,75 @@ def test_another_source_goes_on_with_what_has_the_same_hash(hub: HubServer, fold
     hub.log.clear()
     fetch(folder, described(NAME, data, lambda: Address(hub.sign(NAME, data)), etag="its own"))
     assert hub.sent(NAME) == 30_000
+
+
+def left_by_a_failed_run(hub: HubServer, folder: Path, etag: str) -> None:
+    """A finished file that has no hash, beside one that could not be fetched."""
+    hub.fault("other", status=404)
+    with pytest.raises(FetchFailed):
+        fetch(folder, remote(hub, NAME, some(5000), "size", etag=etag), remote(hub, "other", b"x"), parallel=1)
+    assert (folder / NAME).read_bytes() == some(5000)
+    hub.log.clear()
+
+
+def test_a_finished_file_without_a_hash_is_kept_while_the_listing_names_the_same_version(hub: HubServer, folder: Path) -> None:
+    left_by_a_failed_run(hub, folder, "v1")
+    fetch(folder, remote(hub, NAME, some(5000), "size", etag="v1"))
+    assert hub.log == []
+    assert (folder / NAME).read_bytes() == some(5000)
+    assert not (folder / f"{NAME}.part.json").exists()
+
+
+@pytest.mark.parametrize("etag", ["v2", None])
+def test_another_version_or_none_is_fetched_anew(hub: HubServer, folder: Path, etag: str | None) -> None:
+    left_by_a_failed_run(hub, folder, "v1")
+    fetch(folder, remote(hub, NAME, some(5000, 1), "size", etag=etag))
+    assert (folder / NAME).read_bytes() == some(5000, 1)
+
+
+def test_a_finished_file_that_was_damaged_since_is_fetched_anew(hub: HubServer, folder: Path) -> None:
+    left_by_a_failed_run(hub, folder, "v1")
+    (folder / NAME).write_bytes(some(5000, 1))
+    fetch(folder, remote(hub, NAME, some(5000), "size", etag="v1"))
+    assert (folder / NAME).read_bytes() == some(5000)
+
+
+def beginning(folder: Path, data: bytes, **sidecar: object) -> None:
+    folder.mkdir()
+    (folder / f"{NAME}.part").write_bytes(data)
+    (folder / f"{NAME}.part.json").write_text(json.dumps(sidecar))
+
+
+def test_a_beginning_of_another_file_is_thrown_away(hub: HubServer, folder: Path) -> None:
+    beginning(folder, some(3000), file=[5000, hashlib.sha256(some(5000)).hexdigest()], version="", host="elsewhere")
+    fetch(folder, remote(hub, NAME, some(5000, 1)))
+    assert [one.headers.get("range") for one in hub.log] == [None]
+    assert (folder / NAME).read_bytes() == some(5000, 1)
+
+
+def test_a_beginning_longer_than_the_file_is_thrown_away(hub: HubServer, folder: Path) -> None:
+    beginning(folder, some(6000), file=[5000, hashlib.sha256(some(5000)).hexdigest()], version="", host="elsewhere")
+    hub.fault(NAME, wrong_byte=5)
+    fetch(folder, remote(hub, NAME, some(5000)))
+    assert (folder / NAME).read_bytes() == some(5000)
+
+
+def test_a_beginning_that_nothing_vouches_for_is_thrown_away(hub: HubServer, folder: Path) -> None:
+    beginning(folder, some(5000, 1), file=[5000, None], version="", host="elsewhere")
+    fetch(folder, remote(hub, NAME, some(5000), "size"))
+    assert (folder / NAME).read_bytes() == some(5000)
+
+
+@pytest.mark.parametrize(
+    "sidecar", [b"", b"[]", b"nonsense", b"[" * 20_000, b"\xff", b'{"file": 5}', b'{"file": [5000, null], "version": 5, "host": {}}']
+)
+def test_a_sidecar_that_is_none_is_no_harm(hub: HubServer, folder: Path, sidecar: bytes) -> None:
+    folder.mkdir()
+    (folder / f"{NAME}.part").write_bytes(some(3000, 1))
+    (folder / f"{NAME}.part.json").write_bytes(sidecar)
+    fetch(folder, remote(hub, NAME, some(5000), "size"))
+    assert (folder / NAME).read_bytes() == some(5000)
+    assert names(folder) == [NAME]
 
 
 def test_files_of_other_people_are_left_alone(hub: HubServer, folder: Path) -> None:
