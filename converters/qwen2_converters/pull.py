@@ -246,6 +246,8 @@ def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, instal
     draft = models[0].name if models[0].target is None else f"{base}:{ORIGINAL}"
     todo = [model for model in models if model.state != "current"]
     missing = [file for file in way.files if next(_places(repository, file, store, draft), None) is None]
+    if missing and repository.cached:
+        sources.remote(repository, missing[0])  # raises Offline
     fetch = sum(file.size - min(file.size, _begun(store.unfinished(draft), file)) for file in missing)
     discard = discard and bool(way.targets) and not way.label and not is_local(repository)
     shards = sorted((file.size for file in way.files if file.name.endswith(".safetensors")), reverse=True)

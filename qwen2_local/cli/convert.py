@@ -59,7 +59,7 @@ def convert(
     if base is not None:
         raise click.UsageError(f"--base is for adapters, and {source} is none.")
     ref = store.resolve(source)
-    if ref.origin == "installed":
+    if ref.origin == "installed" and ref.format != "hf":
         raise UsageError(f"{ref.label} is installed, so it has been converted already.", hint="Conversions start from the original folder.")
     options = Options(imatrix=imatrix, pad_ffn=pad_ffn, yarn=yarn, lora=lora)
     models = store.Store()

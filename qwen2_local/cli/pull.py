@@ -208,36 +208,48 @@ def _print_object(plan: PullPlan, status: str) -> None:
 
 
 class Meter(output.Status):
-    """Shows the steps of a pull on one line: the file, a bar, bytes, speed and time left. The speed is that of the last seconds."""
+    """Shows the steps of a pull on one line: the file, a bar, bytes, speed and time left. The speed is that of the last seconds.
+
+    While shards are converted as they come, both are on the line.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._samples: deque[tuple[float, int]] = deque()
-        self._of = ""
+        self._samples: dict[str, deque[tuple[float, int]]] = {}
+        self._seen: dict[str, Step] = {}
 
     def step(self, step: Step) -> None:
         """Show how far it is."""
-        if step.phase != self._of:
-            self._of = step.phase
-            self._samples.clear()
         self.show(self.text(step, time.monotonic()))
 
     def text(self, step: Step, at: float) -> str:
         """The line, at the time `at` (seconds)."""
         if not step.total:
             return f"{step.phase} {step.name}"
-        self._samples.append((at, step.done))
-        while len(self._samples) > 2 and at - self._samples[0][0] > _WINDOW_S:
-            self._samples.popleft()
-        began, before = self._samples[0]
-        speed = (step.done - before) / (at - began) if at - began > 0.5 else 0.0
+        self._seen[step.phase] = step
+        fetching, converting = self._seen.get("fetching"), self._seen.get("converting")
+        if fetching and converting and fetching.done < fetching.total:
+            return f"{self._line(fetching, at)} · converting {converting.done / converting.total:.0%}"
+        return self._line(step, at)
+
+    def _line(self, step: Step, at: float) -> str:
         share = min(1.0, step.done / step.total)
         full = round(share * _BAR)
         file = f" {step.file_done / step.file_total:.0%}" if step.file_total and step.file_total != step.total else ""
         doing = "" if step.phase == "fetching" else f"{step.phase} "
         done = f"{share:.0%}  {output.gigabytes(step.done)} of {output.gigabytes(step.total)}"
         text = f"{doing}{step.name}{file}  {'━' * full}{'─' * (_BAR - full)}  {done}"
+        speed = self._speed(step, at)
         if speed > 0:
             left = int((step.total - step.done) / speed)
             text += f"  {speed / 1e6:.1f} MB/s  {left // 60}:{left % 60:02d} left"
         return text
+
+    def _speed(self, step: Step, at: float) -> float:
+        """Bytes a second, 0 while that is not known."""
+        samples = self._samples.setdefault(step.phase, deque())
+        samples.append((at, step.done))
+        while len(samples) > 2 and at - samples[0][0] > _WINDOW_S:
+            samples.popleft()
+        began, before = samples[0]
+        return (step.done - before) / (at - began) if at - began > 0.5 else 0.0

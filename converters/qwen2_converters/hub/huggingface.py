@@ -80,8 +80,6 @@ def listing(id: str, revision: str = "") -> Repository:
 
 def address(id: str, revision: str, path: str) -> Address:
     """Where a file is, and the token for it, if there is one."""
-    if switched_off():
-        raise Offline(f"HF_HUB_OFFLINE is set, so {path} cannot be fetched.", hint="Unset it.")
     from huggingface_hub import get_token
 
     token = get_token()

@@ -57,7 +57,10 @@ def look_at_address(url: str) -> Repository:
 
 
 def remote(repository: Repository, file: HubFile) -> RemoteFile:
-    """How `file` is fetched."""
+    """How `file` is fetched. Raises Offline where no hub was asked: then all that there is is in the cache."""
+    if repository.cached:
+        hint = "Go online (unset HF_HUB_OFFLINE), then run the same command."
+        raise Offline(f"{file.path} of {repository.id} is not in the Hugging Face cache, or damaged there, and there is no network.", hint=hint)
     etag = repository.revision if repository.source == "address" and not file.sha256 else ""
     resolve = _resolve(repository, file.path)
     return RemoteFile(file.name, file.size, resolve, sha256=file.sha256 or None, blob_id=file.blob or None, etag=etag or None)
@@ -71,14 +74,8 @@ def cached_file(repository: Repository, file: HubFile) -> Path | None:
 def _resolve(repository: Repository, path: str) -> Callable[[], Address]:
     if repository.source == "address":
         return lambda: Address(repository.id)
-    if repository.cached:
-        return partial(_not_cached, repository.id, path)
     hub = modelscope if repository.source == "modelscope" else huggingface
     return partial(hub.address, repository.id, repository.revision, path)
-
-
-def _not_cached(id: str, path: str) -> Address:
-    raise Offline(f"{path} of {id} is not in the Hugging Face cache, and there is no network.", hint="Go online, then run the same command.")
 
 
 def _with_config(repository: Repository) -> Repository:
