@@ -546,11 +546,12 @@ def test_a_quantized_or_foreign_source_is_refused(source: Path, tmp_path: Path) 
         convert(source, TARGETS[0], tmp_path / "out")
 
 
-def test_memory_is_bounded_by_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A matrix of 32 MB goes through two threads' blocks of 4 MB, and 1 MB of Q8_0 each."""
+@pytest.mark.parametrize("target", [Target("gguf", "q8_0"), Target("mlx", "8bit")], ids=str)
+def test_memory_is_bounded_by_the_block(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of 32 MB goes through two threads' blocks of 4 MB, and 1 MB of 8-bit codes each."""
     config = tiny_checkpoint.dense(num_hidden_layers=1, vocab_size=1 << 16, torch_dtype="float32")
     source = tiny_checkpoint.write(tmp_path / "hf", config, tiny_checkpoint.weights(config, "F32"), dtype="F32")
-    monkeypatch.setattr(gguf, "_BLOCK", 1 << 20)
+    monkeypatch.setattr(gguf if target.format == "gguf" else mlx, "_BLOCK", 1 << 20)
     monkeypatch.setattr(making.cpu, "cores", lambda: 2)
     peaks: list[int] = []
 
@@ -559,7 +560,7 @@ def test_memory_is_bounded_by_the_block(tmp_path: Path, monkeypatch: pytest.Monk
         tracemalloc.reset_peak()
 
     tracemalloc.start()
-    convert(source, Target("gguf", "q8_0"), tmp_path / "out", progress=note)
+    convert(source, target, tmp_path / "out", progress=note)
     tracemalloc.stop()
     # The first two cover the tokenizer, too.
     assert 5e6 < max(peaks[2:]) < 24e6
