@@ -83,4 +83,4 @@ def test_a_padded_ffn(tmp_path: Path) -> None:
             ours = convert(folder, Target("gguf", kind), tmp_path / f"{kind}-{imatrix is None}.gguf", options=options)
             want = quantize(plain, tmp_path / f"{kind}-{imatrix is None}-reference.gguf", kind, given)
             assert tensors(ours) == tensors(want), kind
-            assert gguf.GGUFReader(ours).get_field("qwen2.feed_forward_length").contents() == 768  # type: ignore[union-attr]
+            assert gguf.GGUFReader(ours).get_field("qwen2.feed_forward_length").contents() == 768
