@@ -53,12 +53,15 @@ def install_all(
         raise UsageError("Two targets would get one name.", hint="Name each target once.")
     options = options or Options()
     options = replace(options, name=options.name or origin.rpartition("/")[2])
+    made_of = origin or str(source.resolve())
+    if options.lora:  # no longer the source's weights: `verify` compares with a source that is a path
+        made_of += f" + {options.lora.resolve()}"
     with ExitStack() as stack:
         wanted = []
         for target, name in models:
             folder = stack.enter_context(store.reserve(name))
             file = f"{name.replace(':', '-')}.gguf" if target.format == "gguf" else ""
-            sealed = _seal(target, name, origin or str(source.resolve()), revision)
+            sealed = _seal(target, name, made_of, revision)
             wanted.append(Wanted(target, folder, file, False, _refuse_taken(store, name), seal=sealed))
         make(source, wanted, options, progress or (lambda _: None))
     return [manifest for _, name in models if (manifest := store.get(name).manifest)]

@@ -22,7 +22,7 @@ from qwen2_local.formats.checkpoint import open_checkpoint
 from qwen2_local.formats.gguf import read_gguf
 from qwen2_local.formats.safetensors import read_header
 from qwen2_local.store import Store
-from tests.support import packed, random_qwen2, tiny_checkpoint
+from tests.support import lora, packed, random_qwen2, tiny_checkpoint
 from tests.support.program import run
 
 WIDE = tiny_checkpoint.dense(hidden_size=256, intermediate_size=512)
@@ -298,6 +298,20 @@ def test_an_installed_model_is_checked_and_compared_with_where_it_came_from(inst
     assert report["files_hashed"] == len(installed.manifest.files)
     assert report["source"] == installed.manifest.source
     assert report["errors"][0].keys() == {"name", "type", "weights", "relative_rmse", "rmse", "rms", "max_error", "worst_block", "suspicious"}
+
+
+def test_a_merged_adapter_is_no_damage(tmp_path, store):
+    weights = tiny_checkpoint.weights(WIDE)
+    source = tiny_checkpoint.write(tmp_path / "hf", WIDE, weights)
+    adapter = lora.write(tmp_path / "adapter", lora.settings(), lora.tensors(weights, lora.settings()))
+    made = install(source, Target.parse("mlx:bf16"), store, "tiny:merged", options=Options(lora=adapter))
+    assert made.source == f"{source} + {adapter}"
+    done = run("verify", "tiny:merged")
+    assert done.returncode == 0, done.stdout
+    assert "not at hand" in done.stdout
+    # Asked for, the difference is shown.
+    assert run("verify", "tiny:merged", "--source", source).returncode == 3
+    store.remove("tiny:merged")
 
 
 def test_rotten_missing_and_extra_files_are_all_named(installed):
