@@ -6,6 +6,9 @@
     blocks    moves weights from file to file in bounded memory     destination   where a conversion may write
     companions   the small files beside the weights                 download  brings files from a server: resumed, hashed, whole
 
+`making` is what `convert` and `install` share: it writes into a `staging` folder with a `journal`, so that the same call goes on after a crash.
+`arriving` says how to convert weights that are still being fetched.
+
 A checkpoint of GPTQ or AWQ: `packed` reads its matrices, `gptq` and `awq` know their packing, `repack` the outputs', `plan_packed` what becomes of
 what. A LoRA adapter: `lora` reads it, `merge` adds it to the weights on their way, `adapters` converts it by itself.
 
