@@ -150,6 +150,15 @@ class Store:
         """Where `resume` keeps what there is of `name` so far; perhaps not there."""
         return files.partial_of(self.place(name)) / _FETCHED
 
+    def kept(self, name: str) -> int:
+        """Bytes that the disk holds of the unfinished model `name`. Raises UsageError for an impossible name."""
+        return files.used_bytes(files.partial_of(self.place(name)))
+
+    def forget(self, name: str) -> None:
+        """Deletes what is unfinished of the model `name`. Raises UsageError while somebody makes it, and where the store cannot be written."""
+        with self.reserve(name) as folder, files.partial(folder) as kept:
+            files.remove_folder(kept)
+
     def place(self, name: str) -> Path:
         """The folder of the model `name`, there or not. Raises UsageError for an impossible name."""
         if not _NAME.fullmatch(name) or len(name) > 100:

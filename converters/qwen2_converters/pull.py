@@ -124,7 +124,7 @@ class PullPlan:
 
     def kept(self) -> int:
         """Bytes of unfinished work that are on the disk."""
-        return files.used_bytes(self.store.unfinished(self.draft).parent)
+        return sum(map(self.store.kept, {self.draft, *(model.name for model in self.models)}))
 
 
 def pull(name: str, *, accept_licence: bool = False, progress: OnProgress | None = None, **options: object) -> tuple[Manifest, ...]:
@@ -274,7 +274,7 @@ def _model(store: Store, way: Way, base: str, install_as: str, target: Target | 
             raise UsageError(f"{install_as} cannot name {len(way.labels)} models.", hint="Give --name without a colon.")
     if name.partition(":")[0] == GUIDE:
         raise UsageError(f"{name} is the built-in model's name.", hint="Choose another with --name.")
-    store.unfinished(name)  # raises UsageError for what is no name
+    store.place(name)  # raises UsageError for what is no name
     installed = next((one for one in store.list() if one.name == name), None)
     if installed is None:
         return Model(name, target, "new")

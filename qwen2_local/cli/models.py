@@ -64,6 +64,8 @@ def rm(model: str, yes: bool) -> None:
     """Delete an installed MODEL. Files that are only named by their path are never touched."""
     installed = {one.name: one.manifest for one in store.Store().list()}
     name = model.lower()
+    if name not in installed and _forget(name, yes=yes):
+        return
     if name not in installed:  # those of exactly this name go even if they are damaged
         ref = store.resolve(model)
         if ref.origin != "installed":
@@ -72,14 +74,33 @@ def rm(model: str, yes: bool) -> None:
         name = ref.label
     manifest = installed[name]
     size = output.gigabytes(manifest.size) if manifest is not None else "unknown size"
-    if not yes:
-        if not sys.stdin.isatty():
-            raise UsageError(f"Deleting {name} ({size}) has to be confirmed.", hint="Say --yes where nobody can be asked.")
-        if not click.confirm(f"Delete {name} ({size})?", err=True):
-            output.note("Nothing was deleted.")
-            return
-    store.Store().remove(name)
-    output.note(f"Deleted {name} ({size}).")
+    if _confirmed(f"{name} ({size})", yes=yes):
+        store.Store().remove(name)
+        output.note(f"Deleted {name} ({size}).")
+
+
+def _forget(name: str, *, yes: bool) -> bool:
+    """Delete what a stopped `pull` or `convert` has left of the model `name`. False if there is nothing of it."""
+    try:
+        kept = store.Store().kept(name)
+    except UsageError:  # no name, but a path
+        return False
+    if kept and _confirmed(f"what was begun of {name} ({output.gigabytes(kept)})", yes=yes):
+        store.Store().forget(name)
+        output.note(f"Deleted what was begun of {name} ({output.gigabytes(kept)}).")
+    return kept > 0
+
+
+def _confirmed(what: str, *, yes: bool) -> bool:
+    """Whether `what` is really to be deleted. Raises UsageError where nobody can be asked."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"Deleting {what} has to be confirmed.", hint="Say --yes where nobody can be asked.")
+    if click.confirm(f"Delete {what}?", err=True):
+        return True
+    output.note("Nothing was deleted.")
+    return False
 
 
 def _facts(ref: store.ModelRef) -> dict[str, object]:

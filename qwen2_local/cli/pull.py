@@ -83,7 +83,7 @@ def pull(
         with Meter() as meter:
             made = carry_out(plan, progress=meter.step)
     except (KeyboardInterrupt, Cancelled):
-        output.note(f"kept {output.gigabytes(plan.kept())}: run the same command to go on.")
+        output.note(f"kept {output.gigabytes(plan.kept())}: run the same command to go on (`qwen2-local rm {plan.draft}` gives the space back).")
         raise
     if as_json:
         _print_object(plan, "installed")

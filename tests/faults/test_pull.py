@@ -279,10 +279,25 @@ def test_ctrl_c_says_what_is_kept(hub):
     waiting.cancel()
     assert process.returncode == 130
     assert "run the same command to go on" in stderr and "kept" in stderr
+    assert Store().kept("big:q8_0") >= 1_000_000
     before = hub.sent("big-q8_0.gguf")
     assert run("pull", "some/big-GGUF").returncode == 0
     size = len(hub.repos["some/big-GGUF"].files["big-q8_0.gguf"])
     assert hub.sent("big-q8_0.gguf") - before <= size - 1_000_000 + (1 << 20), "what was kept came again"
+
+
+def test_what_was_begun_can_be_given_up(hub):
+    plan = prepare(f"{TUNE}-GGUF")
+    with pytest.raises(KeyboardInterrupt), Store().resume("tune:q8_0") as draft:
+        part = draft.folder / "tune-q8_0.gguf.part"
+        part.write_bytes(b"x" * 5000)
+        raise KeyboardInterrupt
+    assert plan.kept() >= 5000
+    assert run("rm", "tune:q8_0").returncode == 2
+    done = run("rm", "tune:q8_0", "--yes")
+    assert done.returncode == 0 and "what was begun of tune:q8_0" in done.stderr
+    assert not part.exists() and Store().kept("tune:q8_0") == 0
+    assert run("rm", "tune:q8_0", "--yes").returncode == 2
 
 
 def stalling(hub: HubServer) -> str:

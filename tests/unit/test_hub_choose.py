@@ -22,11 +22,11 @@ SEVEN = CONFIG | {
 }  # fmt: skip
 
 
-def original(id="Qwen/Qwen2-7B-Instruct", raw=SEVEN, shards=4, **more):
+def original(id="Qwen/Qwen2-7B-Instruct", raw=SEVEN, shards=4, size=15_231_000_000):
     names = [f"model-{number + 1:05d}-of-{shards:05d}.safetensors" for number in range(shards)]
-    listed = [HubFile(name, 15_231_000_000 // shards) for name in names]
+    listed = [HubFile(name, size // shards) for name in names]
     listed += [HubFile(name, 1000) for name in ("config.json", "tokenizer.json", "model.safetensors.index.json", "run.py", "pytorch_model.bin")]
-    return Repository("huggingface", id, "c" * 40, check_listing(listed, id), kind="original", config=parse_config(raw, "config.json"), **more)
+    return Repository("huggingface", id, "c" * 40, check_listing(listed, id), kind="original", config=parse_config(raw, "config.json"))
 
 
 def gguf(id="Qwen/Qwen2-7B-Instruct-GGUF", **levels):
@@ -95,9 +95,10 @@ def test_on_apple_silicon_mlx_is_taken_as_it_is():
 
 def test_gptq_becomes_what_holds_its_codes_exactly():
     raw = SEVEN | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}}
-    repository = original("Qwen/Qwen2-7B-Instruct-GPTQ-Int4", raw)
+    repository = original("Qwen/Qwen2-7B-Instruct-GPTQ-Int4", raw, size=5_600_000_000)
     repository = Repository(**{name: getattr(repository, name) for name in repository.__slots__} | {"kind": "gptq"})
     assert pick("7b:gptq-int4", repository).best.targets == (Target("gguf", "q4_0"),)
+    assert pick("7b", original(), repository, backend="mlx").best.repository is repository
     assert pick("7b:gptq-int4", repository, backend="mlx").best.targets == (Target("mlx", "4bit-g128"),)
 
 
@@ -141,6 +142,7 @@ def test_which_repositories_are_looked_at():
     assert of("7b", "mlx") == ["7B-Instruct-MLX", "7B-Instruct"]
     assert of("7b-base") == ["7B"]
     assert of("72b:mlx-4bit") == ["72B-Instruct"]
+    assert of("72b", "mlx") == ["72B-Instruct-GPTQ-Int4", "72B-Instruct"]
     assert of("7b:gptq-int8") == ["7B-Instruct-GPTQ-Int8"]
     assert of("7b", keep=True) == of("7b", targets=["x"]) == ["7B-Instruct"]
     assert of("Qwen/Qwen2-7B-Instruct-GGUF") == ["7B-Instruct-GGUF"]

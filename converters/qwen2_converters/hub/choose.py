@@ -79,6 +79,8 @@ def siblings(asked: Asked, backend: str, targets: Sequence[Target], *, original:
             return [model.variant_repo(variant)]
     wants_mlx = level.startswith("mlx") if level else backend == "mlx"
     formats = ["MLX"] if wants_mlx else ["GGUF"]
+    if wants_mlx and not level and "MLX" not in variants:
+        formats = ["GPTQ-Int4"]  # converted without loss, and a quarter of the original
     return [*(model.variant_repo(one) for one in formats if one in variants), model.repo]
 
 
@@ -112,7 +114,7 @@ def choose(
     kind = "mlx" if backend == "mlx" else "gguf"
     mine = sorted((way for way in ready if way.format == kind), key=lambda way: _rank(way, _start(asked, way)))
     others = [way for way in ready if way.format != kind]
-    made = sorted(made, key=lambda way: _rank(way, _start(asked, way)))
+    made = sorted(made, key=lambda way: (_rank(way, _start(asked, way)), _cost(way)))
     ways = [*(way for way in (*mine, *made) if fits(way)), *mine, *made, *others]
     best = _require(ways, asked, ready)[0]
     elsewhere = [way for way in (*ready, *made) if way.repository is not best.repository]
@@ -125,7 +127,8 @@ def exact_targets(repository: Repository) -> dict[str, Target]:
     packed = repository.config.packed if repository.config else None
     assert packed is not None
     level = "q4_1" if packed.method == "awq" else {4: "q4_0", 8: "q8_0"}[packed.bits]
-    return {"llama.cpp": Target("gguf", level), "mlx": Target.parse(f"mlx:{packed.bits}bit-g{packed.group}")}
+    group = next((group for group in (128, 64) if packed.group % group == 0), 32)
+    return {"llama.cpp": Target("gguf", level), "mlx": Target.parse(f"mlx:{packed.bits}bit-g{group}")}
 
 
 def _cost(way: Way) -> int:

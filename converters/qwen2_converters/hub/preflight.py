@@ -76,9 +76,11 @@ def licence_of(repository: Repository, model: CatalogModel | None) -> Licence:
 
 
 def converted_bytes(repository: Repository, target: Target) -> int:
-    """Bytes that a conversion of the checkpoint writes, from its config alone."""
+    """Bytes that a conversion of the checkpoint writes, from its config alone; of GPTQ and AWQ at most so many."""
     config = repository.config
     assert config is not None
+    if config.packed:  # codes stay as they are; scales may grow to float32
+        return sum(file.size for file in repository.files if file.path.endswith(".safetensors")) * 9 // 8
     total = 0
     for name, shape in expected_tensors(config, "switch"):
         planned = planned_gguf(name, shape, (), target, config) if target.format == "gguf" else planned_mlx(name, shape, (), target, config)

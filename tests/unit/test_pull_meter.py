@@ -1,0 +1,37 @@
+"""The line that a pull shows."""
+
+from qwen2_converters.pull import Step
+from qwen2_local.cli.pull import Meter
+
+
+def lines(*steps):
+    meter = Meter()
+    return [meter.text(step, at) for at, step in enumerate(steps)]
+
+
+def test_bytes_speed_and_the_time_left():
+    first, second = lines(Step("fetching", "m.gguf", 0, 10**9), Step("fetching", "m.gguf", 10**8, 10**9))
+    assert first.startswith("m.gguf") and "0%" in first and "MB/s" not in first
+    assert "10%  0.10 GB of 1.00 GB  100.0 MB/s  0:09 left" in second
+
+
+def test_what_an_earlier_run_has_fetched_is_no_speed():
+    assert "10.0 MB/s" in lines(Step("fetching", "m", 5 * 10**8, 10**9), Step("fetching", "m", 5 * 10**8 + 10**7, 10**9))[1]
+
+
+def test_the_speed_is_that_of_the_last_seconds():
+    stalled = [Step("fetching", "m", 10**8, 10**9)] * 30
+    assert "MB/s" not in lines(Step("fetching", "m", 0, 10**9), *stalled)[-1]
+
+
+def test_other_phases_are_named():
+    assert lines(Step("verifying", "m.gguf", 1, 2))[0].startswith("verifying m.gguf")
+    assert lines(Step("checking", "m", 0, 0)) == ["checking m"]
+
+
+def test_fetching_and_converting_at_once_are_on_one_line():
+    shown = lines(
+        Step("fetching", "a/b", 10, 100), Step("converting", "b:q4_0", 5, 100), Step("fetching", "a/b", 100, 100), Step("converting", "b", 6, 100)
+    )
+    assert shown[1].startswith("a/b") and shown[1].endswith("converting 5%")
+    assert shown[3].startswith("converting b")
