@@ -22,7 +22,7 @@ from qwen2_local import backends, files, fit, paths
 from qwen2_local.backends.base import Backend
 from qwen2_local.catalog import defaults_of
 from qwen2_local.chatml import for_chats, system_of
-from qwen2_local.errors import BadFile, DoesNotFit, UsageError
+from qwen2_local.errors import BadFile, DoesNotFit, UnknownModel, UsageError
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import member, open_checkpoint
 from qwen2_local.formats.magic import open_regular
@@ -82,6 +82,18 @@ def open_model(name: str, *, backend: str | None = None, context: int | None = N
         return _open_converted(ref, context, backend, report)
     _require_backend(ref, backend)
     return _open(ref, context)
+
+
+def installed_or_pulled(name: str, *, backend: str | None = None, report: Report | None = None) -> str:
+    """`name` if there is such a model here, else the name of that which is fetched and installed for it. Raises as `pull` does."""
+    try:
+        resolve(name)
+        return name
+    except UnknownModel:
+        from qwen2_converters.pull import pull
+
+        progress = None if report is None else lambda step: report(f"{step.phase} {step.name}", step.done, step.total)
+        return pull(name, backend=backend or backends.default_backend(), progress=progress)[0].name
 
 
 def _open(ref: ModelRef, context: int | None) -> Opened:

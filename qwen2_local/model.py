@@ -21,7 +21,7 @@ from qwen2_local.chatml import render
 from qwen2_local.detokenize import TextStream
 from qwen2_local.engine import Engine, Finished, Prefilled, Request, Token
 from qwen2_local.errors import InvalidPrompt, UsageError
-from qwen2_local.loading import Opened, Report, open_model
+from qwen2_local.loading import Opened, Report, installed_or_pulled, open_model
 from qwen2_local.types import Completion, FinishReason, Message, Piece, Sampling, Usage
 
 Progress = Callable[[int, int], None]
@@ -97,14 +97,24 @@ class _Tally:
 class Qwen2:
     """A loaded model. Use it in a `with` block, or call `close`, to give its memory back. Safe to share between threads."""
 
-    def __init__(self, name: str = "guide", *, backend: str | None = None, context: int | None = None, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "guide",
+        *,
+        backend: str | None = None,
+        context: int | None = None,
+        report: Report | None = None,
+        pull: bool = False,
+    ) -> None:
         """Load a model by name ("guide", "0.5b:q4_0") or path (a GGUF file, an MLX folder, a Hugging Face folder).
 
         backend: "mlx" or "llama.cpp"; by default what fits the machine and the file. context: tokens of prompt and reply
         together; by default 8,192, or what the model has if that is less. report: told of the progress of a conversion, on the first use of
-        a Hugging Face folder. Touches no network.
-        Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit.
+        a Hugging Face folder, and of a fetch. pull: fetch and install a model that is not here; without it, no network is touched.
+        Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit; with `pull` also FetchFailed, and UsageError for a licence to accept.
         """
+        if pull:
+            name = installed_or_pulled(name, backend=backend, report=report)
         self._opened: Opened = open_model(name, backend=backend, context=context, report=report)
         self._engine = Engine(self._opened.load)
         # Also when it is forgotten, or the program ends: native code must not be at work while the interpreter goes down.

@@ -510,7 +510,7 @@ def test_convert_to_mlx_and_run_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "arguments", "code", "says"),
     [
-        ("GUIDE", ["--to", "gguf:q5_x"], 2, "gguf:q4_0"),
+        ("GUIDE", ["--to", "gguf:q5_x"], 2, "q4_0"),
         ("GUIDE", [], 2, "--to"),
         ("GUIDE", ["--to", "gguf:f16", "-o", "no/such/folder/x.gguf"], 2, "no/such/folder"),
         ("GUIDE", ["--to", "gguf:f16", "-o", "."], 2, "is a folder"),

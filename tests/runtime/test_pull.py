@@ -13,9 +13,10 @@ from qwen2_converters.convert import convert
 from qwen2_converters.pull import carry_out, prepare, pull
 from qwen2_converters.target import Target
 from qwen2_local import Qwen2
-from qwen2_local.errors import UsageError
+from qwen2_local.errors import UnknownModel, UsageError
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.store import Store, guide_folder
+from tests.support import packed, tiny_checkpoint
 from tests.support.hub_server import HubServer
 from tests.support.program import Terminal, run
 from tests.support.pulling import APACHE, MODEL, guide_files, split
@@ -128,6 +129,29 @@ def test_a_file_and_a_folder_of_this_computer(hub, converted, tmp_path):
         (tmp_path / name).write_bytes(data)
     assert len(pull(str(tmp_path / min(parts)), install_as="both")[0].files) == 2
     assert hub.log == []
+
+
+def test_from_python_if_it_is_wanted(hub):
+    with pytest.raises(UnknownModel, match="not installed"):
+        Qwen2("0.5b")
+    assert hub.log == []
+    told = []
+    with Qwen2("0.5b", pull=True, report=lambda *step: told.append(step[0])) as model:
+        assert ANSWER in model.ask(QUESTION)
+    assert any(what.startswith("fetching") for what in told)
+    count = len(hub.log)
+    Qwen2("0.5b", pull=True).close()
+    assert len(hub.log) == count
+
+
+@pytest.mark.parametrize(("backend", "name"), [("llama.cpp", "0.5b:q4_0"), ("mlx", "0.5b:mlx-4bit")])
+def test_gptq_is_converted_exactly(hub, tmp_path, backend, name):
+    config = tiny_checkpoint.dense(hidden_size=128, intermediate_size=256)
+    folder, _ = packed.checkpoint(tmp_path / "gptq", config, packed.settings("gptq"))
+    hub.add(f"{MODEL}-GPTQ-Int4", {path.name: path.read_bytes() for path in folder.iterdir()}, card=APACHE)
+    plan = prepare("0.5b:gptq-int4", backend=backend)
+    assert plan.way.written >= sum(file.size for file in carry_out(plan)[0].files if file.name.endswith((".gguf", ".safetensors")))
+    assert plan.models[0].name.startswith(name)
 
 
 # What is said before
