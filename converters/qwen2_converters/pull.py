@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from qwen2_converters import remote
 from qwen2_converters.download import download, read_range
 from qwen2_converters.fetching import AHEAD, Fetching, is_stub, make_stub
 from qwen2_converters.hub import sources
@@ -27,6 +28,7 @@ from qwen2_converters.hub.asked import Asked, understand
 from qwen2_converters.hub.choose import ORIGINAL, Choice, Way, choose, siblings
 from qwen2_converters.hub.preflight import Licence, Shape, check_keys, converted_bytes, disk_needed, fits, licence_of, memory_at, shape_of
 from qwen2_converters.hub.repository import HubFile, Repository, SourceName, level_of, source_hash
+from qwen2_converters.hub.speed import Stopwatch, last_speed
 from qwen2_converters.making import Options, Progress, Wanted, make
 from qwen2_converters.remote import RemoteFile
 from qwen2_converters.target import Target
@@ -74,8 +76,8 @@ class Model:
 class PullPlan:
     """What a pull will do. fetch: bytes still to come over the network. here: bytes of the files that are on this computer already.
 
-    disk: bytes to have free. draft: the name under which the store keeps what is unfinished. discard_source: each shard of the original is deleted
-    once it is converted.
+    speed: bytes a second of the last pull, 0 if there was none. disk: bytes to have free. draft: the name under which the store keeps what is
+    unfinished. discard_source: each shard of the original is deleted once it is converted.
     """
 
     title: str
@@ -91,6 +93,7 @@ class PullPlan:
     memory: fit.Memory
     store: Store
     draft: str
+    speed: int = 0
     discard_source: bool = False
 
     @property
@@ -261,7 +264,7 @@ def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, instal
         title=title, way=way, runner_up=choice.runner_up, models=models, shape=shape_of(repository, asked.model, keys),
         licence=licence_of(repository, asked.model), fetch=fetch if todo else 0, here=way.fetched - sum(file.size for file in missing),
         disk=disk, disk_free=files.free_bytes(store.folder), memory=memory, store=store, draft=draft,
-        discard_source=discard,
+        speed=last_speed(), discard_source=discard,
     )  # fmt: skip
 
 
@@ -384,12 +387,22 @@ def _gather(plan: PullPlan, folder: Path, report: OnProgress, *, late: bool) -> 
             (later if late and file.name.endswith(".safetensors") else first).append(sources.remote(repository, file))
         done += file.size
     if first:
-        download(first, folder, progress=lambda at: report(Step(at.phase, at.file, at.done, at.total, at.file_done, at.file_total)))
-    for remote in later:
-        stub = folder / remote.name
-        if not (stub.is_file() and stub.stat().st_size == remote.size and is_stub(stub)):
-            report(Step("checking", remote.name, 0, 0))
-            make_stub(remote, stub)
+        watch = Stopwatch()
+
+        def advance_all(at: remote.Progress) -> None:
+            if at.phase == "fetching":
+                watch.at(at.done)
+            report(Step(at.phase, at.file, at.done, at.total, at.file_done, at.file_total))
+
+        try:
+            download(first, folder, progress=advance_all)
+        finally:
+            watch.remember()
+    for shard in later:
+        stub = folder / shard.name
+        if not (stub.is_file() and stub.stat().st_size == shard.size and is_stub(stub)):
+            report(Step("checking", shard.name, 0, 0))
+            make_stub(shard, stub)
     return later
 
 
@@ -479,11 +492,18 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Seq
         keep = any(model.target is None for model in plan.models)
         fetching = Fetching(missing, source, _beside(source), identity, keep=keep, discard=plan.discard_source, bounded=bounded)
         stack.enter_context(fetching)
-        fetching.tell = lambda: report(Step("fetching", repository.id, fetching.done, fetching.total))
+        watch = Stopwatch()
+        stack.callback(watch.remember)
+
+        def tell() -> None:
+            watch.at(fetching.done)
+            report(Step("fetching", repository.id, fetching.done, fetching.total))
+
+        fetching.tell = tell
 
         def advance(step: Progress) -> None:
             if fetching.done < fetching.total:
-                fetching.tell()
+                tell()
             report(Step(step.phase, names, step.done, step.total))
 
         # Of what is on this computer, its place and time tell more.

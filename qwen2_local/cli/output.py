@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -21,7 +22,7 @@ class Status:
     def show(self, text: str) -> None:
         """Replace the line."""
         if self._live and time.monotonic() - self._started > 1.0:
-            line = clean_line(text)
+            line = clean_line(text)[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be replaced
             print(f"\r{line:<{len(self._shown)}}", end="", file=sys.stderr, flush=True)
             self._shown = line
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections import deque
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _SHOWN_FILES = 6
 _BAR = 20
 _WINDOW_S = 10.0
+_REDRAW_S = 0.1
 
 
 @click.command()
@@ -152,6 +154,8 @@ def _lines(plan: PullPlan) -> list[str]:
             lines.append(f"  {'':<8} {model.name} is installed; its source has changed since, and it will be replaced")
     lines.append(f"  {'disk':<8} {output.gigabytes(plan.disk)} needed, {output.gigabytes(plan.disk_free)} free")
     lines.append(f"  {'memory':<8} {_memory(plan)}")
+    if plan.speed and plan.fetch:
+        lines.append(f"  {'time':<8} {_duration(plan.fetch / plan.speed)} at {plan.speed / 1e6:.1f} MB/s, as fast as the last pull")
     if plan.licence.to_accept:
         lines.append(f"  {'licence':<8} {plan.licence.name}, not a free one: {plan.licence.url}")
     return lines
@@ -166,6 +170,12 @@ def _memory(plan: PullPlan) -> str:
     contexts = sorted({min(8192, longest), min(32768, longest)})
     needs = ", ".join(f"{fit.show_gb(plan.memory_at(context))} at {_tokens(context)}" for context in contexts)
     return f"{needs} context, {total}: {verdict}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 def _tokens(count: int) -> str:
@@ -217,10 +227,16 @@ class Meter(output.Status):
         super().__init__()
         self._samples: dict[str, deque[tuple[float, int]]] = {}
         self._seen: dict[str, Step] = {}
+        self._drawn = 0.0
+        self._width = shutil.get_terminal_size().columns - 1
 
     def step(self, step: Step) -> None:
-        """Show how far it is."""
-        self.show(self.text(step, time.monotonic()))
+        """Show how far it is, a few times a second."""
+        at = time.monotonic()
+        text = self.text(step, at)
+        if at - self._drawn >= _REDRAW_S or step.done == step.total:
+            self._drawn = at
+            self.show(text)
 
     def text(self, step: Step, at: float) -> str:
         """The line, at the time `at` (seconds)."""
@@ -229,21 +245,26 @@ class Meter(output.Status):
         self._seen[step.phase] = step
         fetching, converting = self._seen.get("fetching"), self._seen.get("converting")
         if fetching and converting and fetching.done < fetching.total:
-            return f"{self._line(fetching, at)} · converting {converting.done / converting.total:.0%}"
-        return self._line(step, at)
+            return self._line(fetching, at, f" · converting {converting.done / converting.total:.0%}")
+        return self._line(step, at, "")
 
-    def _line(self, step: Step, at: float) -> str:
+    def _line(self, step: Step, at: float, more: str) -> str:
         share = min(1.0, step.done / step.total)
         full = round(share * _BAR)
         file = f" {step.file_done / step.file_total:.0%}" if step.file_total and step.file_total != step.total else ""
         doing = "" if step.phase == "fetching" else f"{step.phase} "
-        done = f"{share:.0%}  {output.gigabytes(step.done)} of {output.gigabytes(step.total)}"
-        text = f"{doing}{step.name}{file}  {'━' * full}{'─' * (_BAR - full)}  {done}"
+        done = f"  {share:.0%}  {output.gigabytes(step.done)} of {output.gigabytes(step.total)}"
         speed = self._speed(step, at)
         if speed > 0:
             left = int((step.total - step.done) / speed)
-            text += f"  {speed / 1e6:.1f} MB/s  {left // 60}:{left % 60:02d} left"
-        return text
+            done += f"  {speed / 1e6:.1f} MB/s  {left // 60}:{left % 60:02d} left"
+        done += more
+        # What does not fit goes: the bar first, then the end of the name.
+        name = f"{doing}{step.name}{file}"
+        bar = f"  {'━' * full}{'─' * (_BAR - full)}"
+        if len(name + bar + done) <= self._width:
+            return name + bar + done
+        return name[: max(12, self._width - len(done))] + done
 
     def _speed(self, step: Step, at: float) -> float:
         """Bytes a second, 0 while that is not known."""

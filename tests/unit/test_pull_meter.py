@@ -1,7 +1,14 @@
 """The line that a pull shows."""
 
+import pytest
+
 from qwen2_converters.pull import Step
 from qwen2_local.cli.pull import Meter
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
 
 
 def lines(*steps):
@@ -35,3 +42,11 @@ def test_fetching_and_converting_at_once_are_on_one_line():
     )
     assert shown[1].startswith("a/b") and shown[1].endswith("converting 5%")
     assert shown[3].startswith("converting b")
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "100"])
+def test_a_narrow_terminal_gets_a_line_that_fits(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    name = "model-00001-of-00037.safetensors"
+    for line in lines(Step("fetching", name, 0, 10**9, 5, 10**8), Step("fetching", name, 10**8, 10**9, 10, 10**8)):
+        assert len(line) < int(columns) and "of 1.00 GB" in line
