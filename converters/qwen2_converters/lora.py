@@ -118,6 +118,8 @@ def open_adapter(folder: Path, base: Qwen2Config | None = None) -> Adapter:
         raise BadFile(f"{path}: r: {str(rank)[:60]} is no whole number from 1 to {MAX_RANK}.", hint=_HINT)
     alphas = _Patterns({key: _number(value, path, f"alpha_pattern.{key[:60]}") for key, value in _pattern(config, "alpha_pattern", path).items()})
     ranks = {rank, *_pattern(config, "rank_pattern", path).values()}
+    if max(ranks) > MAX_RANK:
+        raise BadFile(f"{path}: rank_pattern: {str(max(ranks))[:60]} is above {MAX_RANK}.", hint=_HINT)
     rooted = config.get("use_rslora")
     if rooted not in (None, True, False):
         raise BadFile(f"{path}: use_rslora is neither true nor false.", hint=_HINT)

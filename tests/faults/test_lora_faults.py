@@ -56,7 +56,8 @@ def test_more_than_plain_lora(changes: dict[str, Any], message: str, tmp_path: P
         ({"lora_alpha": None}, "lora_alpha"),
         ({"lora_alpha": 10**400}, "lora_alpha"), ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern.q_proj"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
-        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"), ({"use_rslora": "yes"}, "use_rslora"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 1025}}, "rank_pattern: 1025"), ({"use_rslora": "yes"}, "use_rslora"),
     ],
 )  # fmt: skip
 def test_impossible_settings(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
