@@ -36,4 +36,4 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copies them into `folder`, over those there. Raises BadFile for links out of `source`."""
     for path in companions(source):
         with open_regular(member(source, path.name)) as file:
-            write_file(folder / path.name, file.read())
+            write_file(folder / path.name, file)

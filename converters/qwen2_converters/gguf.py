@@ -102,5 +102,5 @@ def _value(value: Value) -> bytes:
 
 
 def _string(text: str) -> bytes:
-    raw = text.encode()
+    raw = text.encode("utf-8", "replace")  # half a surrogate pair: a folder's name in another encoding, or a stranger's JSON
     return struct.pack("<Q", len(raw)) + raw

@@ -119,7 +119,9 @@ def make(source: Path, wanted: Sequence[Wanted], options: Options, report: OnPro
         arrivals = _Watched(options.arrivals) if options.arrivals else None
         with _tidied(left, DoesNotFit, BadFile, unless=arrivals), _disk_errors(left):
             _write(checkpoint, left, arrivals, merge, report)
-        report(Progress("publishing", total, total))
+            if left and _origin(checkpoint, options, merge) != origin:
+                fault = f"{checkpoint.folder}, or a file that goes with it, changed while it was converted."
+                raise BadFile(fault, hint="Run the same command again, and let nothing change it meanwhile.")
         with _tidied(left):
             for making in left:
                 if making.wanted.overwrite:  # hours may have gone by
@@ -241,6 +243,8 @@ def _write(checkpoint: Checkpoint, makings: Sequence[_Making], arrivals: Arrival
             journals.append(journal)
             done += _finished_bytes(making.job.plan, journal.finished)
         convert_blocks(checkpoint, outputs, advance, threads=min(cpu.cores(), _MOST_THREADS), arrivals=arrivals, delta=merge)
+        # What is left reads the outputs once more, for their hashes, and waits for the disk.
+        report(Progress("publishing", total, total))
         for making, journal in zip(makings, journals, strict=True):
             _finish(checkpoint, making)
             journal.whole()

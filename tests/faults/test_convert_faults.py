@@ -435,6 +435,22 @@ def test_a_shard_that_shrinks_while_it_is_read(source: Path, target: Target, tmp
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_shard_that_is_replaced_while_others_are_read(source: Path, target: Target, tmp_path: Path) -> None:
+    """Its header and size are the same: without care half of one model would be published with half of another."""
+    config = tiny_checkpoint.dense()
+    other = tiny_checkpoint.write(tmp_path / "other", config, tiny_checkpoint.weights(config, seed=2), shards=2)
+
+    def replace(progress: Progress) -> None:
+        if progress.phase == "converting" and (other / "model-00002-of-00002.safetensors").exists():
+            (other / "model-00002-of-00002.safetensors").replace(source / "model-00002-of-00002.safetensors")
+
+    with pytest.raises(BadFile, match="changed while it was converted"):
+        convert(source, target, tmp_path / "out", progress=replace)
+    assert names(tmp_path) == ["hf", "other"]
+    convert(source, target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_weights_that_are_no_numbers(source: Path, target: Target, bits: int, tensor: str, tmp_path: Path) -> None:
@@ -470,6 +486,26 @@ def test_code_and_pickles_are_never_copied(source: Path, target: Target, tmp_pat
         assert {path.name for path in output.iterdir()} == {
             "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
         }  # fmt: skip
+
+
+def test_names_and_templates_that_are_no_valid_text(tmp_path: Path) -> None:
+    """A folder named in another encoding, and half a surrogate pair in a stranger's JSON: a GGUF file gets question marks."""
+    config = tiny_checkpoint.dense()
+    source = tiny_checkpoint.write(Path(f"{tmp_path}/caf\udce9"), config, tiny_checkpoint.weights(config))
+    (source / "tokenizer_config.json").write_text('{"chat_template": "a\\ud800b"}')
+    keys = read_gguf(convert(source, TARGETS[0], tmp_path / "out.gguf")).keys
+    assert (keys["general.name"], keys["tokenizer.chat_template"]) == ("caf?", "a?b")
+
+
+def test_a_large_companion_is_copied_in_pieces(source: Path, tmp_path: Path) -> None:
+    with (source / "LICENSE").open("wb") as file:
+        file.truncate(64 << 20)
+    tracemalloc.start()
+    convert(source, TARGETS[1], tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out" / "LICENSE").stat().st_size == 64 << 20
+    assert peak < 32e6
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
