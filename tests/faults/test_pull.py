@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -355,6 +356,26 @@ def test_a_failing_shard_keeps_what_was_converted(hub, tmp_path):
     assert hub.sent("model-00001-of-00005.safetensors") == first
 
 
+def test_a_header_that_was_not_the_files_is_found_out(hub, tmp_path):
+    """It is asked for first, by itself, so that no hash vouches for it; another one would lead to other weights."""
+    right = expected(hub, tmp_path)
+    name = "model-00003-of-00005.safetensors"
+    data = hub.repos[TUNE].files[name]
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    alike: dict[str, str] = {}
+    for tensor, entry in header.items():
+        other = alike.setdefault(str(entry.get("shape")), tensor)
+        if other != tensor:
+            entry["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], entry["data_offsets"]
+            break
+    hub.fault(name, on="cdn", instead=data[:8] + json.dumps(header).encode().ljust(end - 8) + data[end:])
+    with pytest.raises(BadFile, match=f"{name} began otherwise"):
+        pull(TUNE, targets=TO)
+    assert nothing_is_there()
+    assert pull(TUNE, targets=TO)[0].files[0].sha256 == right
+
+
 def test_a_pull_that_is_killed_at_any_time_gives_the_same_in_the_end(hub, tmp_path):
     """Killed every so often, later each time, until it ends by itself."""
     right = expected(hub, tmp_path)
@@ -371,4 +392,5 @@ def test_a_pull_that_is_killed_at_any_time_gives_the_same_in_the_end(hub, tmp_pa
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             assert all(one.manifest is not None and Store().get(one.name) for one in Store().list())
+    assert attempt > 1, "it was hardly killed"
     assert Store().get("tune:q8_0").manifest.files[0].sha256 == right
