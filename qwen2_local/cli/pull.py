@@ -264,7 +264,7 @@ class Meter(output.Status):
         bar = f"  {'━' * full}{'─' * (_BAR - full)}"
         if len(name + bar + done) <= self._width:
             return name + bar + done
-        return name[: max(12, self._width - len(done))] + done
+        return name[: max(8, self._width - len(done))] + done
 
     def _speed(self, step: Step, at: float) -> float:
         """Bytes a second, 0 while that is not known."""

@@ -208,6 +208,7 @@ def test_the_source_hash_tells_changes_and_nothing_else():
     one, two = HubFile("a", 1, sha256="0" * 64), HubFile("b", 2, blob="1" * 40)
     assert source_hash([one, two]) == source_hash([two, one]) != source_hash([one])
     assert source_hash([one, HubFile("c", 3)]) == ""
+    assert source_hash([one, HubFile("README.md", 3, blob="2" * 40)]) == source_hash([one])
 
 
 def test_sizes_of_conversions_are_those_of_the_catalog():

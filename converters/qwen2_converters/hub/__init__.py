@@ -2,7 +2,8 @@
 
     asked      what a person typed, understood             repository   what a hub lists, checked, and what it means
     choose     the ways to what was asked, cheapest first  preflight    what a way fetches, writes and needs
-    huggingface, modelscope, direct                        listings and addresses of each source
+    huggingface, modelscope    listings and addresses      sources      the same of any source
+    speed      how fast the last pull was
 
-`qwen2_converters.pull` is the caller. `asked`, `repository`, `choose` and `preflight` touch no network; the sources load their libraries late.
+`qwen2_converters.pull` is the caller. Only `sources` and the two hubs touch the network, and load what they need for it late.
 """

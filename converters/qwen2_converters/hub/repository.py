@@ -22,6 +22,8 @@ COMPANIONS = (
 )  # fmt: skip
 """What is fetched beside the weights of a checkpoint, where it is there."""
 
+_TEXTS = ("README.md", "LICENSE")
+
 MOST_FILES = 10_000
 """Files of a repository; more are not believed."""
 
@@ -101,9 +103,12 @@ def check_listing(files: Iterable[HubFile], where: str) -> tuple[HubFile, ...]:
 
 
 def source_hash(files: Iterable[HubFile]) -> str:
-    """One hash of all `files`, by which a model knows whether it is still what it was made from; "" if the hub tells no hash of one."""
+    """One hash of `files`, by which a model knows whether it is still what it was made from; "" if the hub tells no hash of one.
+
+    Texts for people do not count.
+    """
     lines = []
-    for file in sorted(files, key=lambda file: file.path):
+    for file in sorted((file for file in files if file.name not in _TEXTS), key=lambda file: file.path):
         if not (file.sha256 or file.blob):
             return ""
         lines.append(f"{file.name} {file.size} {file.sha256 or file.blob}\n")
