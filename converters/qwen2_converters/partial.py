@@ -108,8 +108,10 @@ class Partial:
     def set_aside(self) -> None:
         """Renames what is there to NAME.bad, in the place of an older one, and begins anew."""
         self.path.replace(bad_name(self.final))
+        # Opened before the old one is closed: if it fails, `__exit__` closes that one, and not what another thread has opened meanwhile.
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         os.close(self._handle)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._handle = handle
         self._empty()
 
     def _note(self, sha256: str = "") -> None:

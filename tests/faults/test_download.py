@@ -139,6 +139,18 @@ def test_bytes_that_stay_wrong_are_set_aside(hub: HubServer, folder: Path, check
     assert NAME not in names(folder)
 
 
+def test_setting_aside_never_closes_a_file_twice(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of a closed file may be that of another thread's by then."""
+    folder.mkdir()
+    part = partial.Partial(remote(hub, NAME, DATA), folder, lambda _: None)
+    plain = os.open
+    monkeypatch.setattr(
+        partial.os, "open", lambda path, flags, *more: plain("/nowhere/else", flags) if flags & os.O_EXCL else plain(path, flags, *more)
+    )
+    with pytest.raises(FileNotFoundError), part:
+        part.set_aside()
+
+
 @pytest.mark.parametrize("length", [1000, 50_000, 99_999])
 def test_a_beginning_that_was_damaged_on_disk_is_found_out(hub: HubServer, folder: Path, length: int) -> None:
     begin(hub, folder, length)
