@@ -18,6 +18,7 @@ class Status:
         self._started = time.monotonic()
         self._shown = ""
         self._live = sys.stderr.isatty()
+        self._phases: dict[str, tuple[float, int]] = {}
 
     def show(self, text: str) -> None:
         """Replace the line."""
@@ -38,8 +39,11 @@ class Status:
         """Progress of work measured in bytes, with its speed and the time left. total: 0 while that is not known."""
         if not total:
             return self.show(doing)
-        spent = time.monotonic() - self._started
-        speed = f" · {done / spent / 1e6:.0f} MB/s · {spent / done * (total - done):.0f} s left" if done else ""
+        now = time.monotonic()
+        # Not since the start: what an earlier run has done took this one no time.
+        began, before = self._phases.setdefault(doing, (now, done))
+        spent, moved = now - began, done - before
+        speed = f" · {moved / spent / 1e6:.0f} MB/s · {spent / moved * (total - done):.0f} s left" if spent > 0 and moved > 0 else ""
         self.show(f"{doing} · {done / total:.0%} of {gigabytes(total)}{speed}")
 
     def clear(self) -> None:
