@@ -257,7 +257,8 @@ def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, instal
     # A packed matrix may lie in several shards: then they are needed together.
     held = sum(shards[: AHEAD + 1]) if discard and repository.kind == "original" else fetch
     copied = way.fetched if is_local(repository) and not way.targets else 0
-    written = sum(converted_bytes(repository, model.target) for model in todo if model.target is not None)
+    # What an earlier run has written lies on the disk already.
+    written = sum(max(0, converted_bytes(repository, model.target) - store.kept(model.name)) for model in todo if model.target is not None)
     disk = disk_needed(min(held, fetch) + copied, written) if todo else 0
     title = asked.model.title if asked.model else repository.id.rstrip("/").rpartition("/")[2]
     return PullPlan(

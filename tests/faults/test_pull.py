@@ -267,6 +267,23 @@ def test_a_pull_that_is_killed_goes_on(hub, tmp_path):
     assert [path.name for path in Store().folder.iterdir() if path.name.startswith(".qwen2-")] == []
 
 
+def test_what_is_converted_already_needs_no_disk_again(hub, monkeypatch):
+    """Else a pull that fitted would not go on after a crash."""
+
+    def stop(step: module.Step) -> None:
+        if step.phase == "converting" and step.done > step.total / 2:
+            raise KeyboardInterrupt
+
+    first = prepare(TUNE, targets=TO, discard_source=True)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(first, progress=stop)
+    kept = first.store.kept("tune:q8_0")
+    second = prepare(TUNE, targets=TO, discard_source=True)
+    assert kept > 0 and second.disk <= first.disk - kept
+    monkeypatch.setattr(files, "free_bytes", lambda path: first.disk - kept)
+    assert carry_out(second)
+
+
 def test_ctrl_c_says_what_is_kept(hub):
     name = stalling(hub)
     process = subprocess.Popen(command("pull", name, "--yes"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
