@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from qwen2_converters.destination import check_place
 from qwen2_converters.floats import finite, narrow
 from qwen2_converters.gguf import lay_out
 from qwen2_converters.keys import Keys
@@ -88,6 +89,7 @@ def convert_adapter(
         )
     if pad_ffn and target.format != "gguf":
         raise UsageError("A padded FFN is for GGUF files only.", hint=f"Leave the option out for {target}.")
+    files.sweep(output.parent)
     check_adapter_destination(folder, target, output, overwrite=overwrite)
     adapter = open_adapter(folder, base)
     _refuse_experts(adapter)
@@ -103,11 +105,7 @@ def convert_adapter(
 
 def check_adapter_destination(folder: Path, target: Target, output: Path, *, overwrite: bool) -> None:
     """Raises UsageError unless the adapter in `folder` may become `output`. With `overwrite`, an adapter replaces one of its format."""
-    place = output.parent.resolve()
-    if not place.is_dir():
-        raise UsageError(f"{output.parent} is no folder, so {output.name} cannot be made there.", hint="Make it first, or choose another.")
-    if (place / output.name).is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(place / output.name):
-        raise UsageError(f"{output} lies in the source, {folder}, or around it.", hint="Choose a place outside of it with -o.")
+    check_place(folder, output)
     if not overwrite:
         files.refuse_existing(output)
     elif output.exists():

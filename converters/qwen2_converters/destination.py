@@ -19,23 +19,28 @@ def check_destination(source: Path, target: Target, output: Path, *, overwrite: 
 
     What exists is only replaced with `overwrite`: a file by a GGUF file, an MLX model's folder by such a folder.
     """
-    place, origin = output.parent.resolve(), source.resolve()
-    if not place.is_dir():
-        raise UsageError(f"{output.parent} is no folder, so {output.name} cannot be made there.", hint="Make it first, or choose another.")
-    for path in (place / output.name, output.resolve()):
-        if path.is_relative_to(origin) or origin.is_relative_to(path):
-            raise UsageError(f"{output} lies in the source, {source}, or around it.", hint="Choose a place outside of it with -o.")
+    check_place(source, output)
     if target.format == "gguf" and output.exists() and not output.is_file():
         what = "a folder" if output.is_dir() else "no plain file"
         raise UsageError(f"{output} is {what}, but a GGUF model is a file.", hint=f"Give the file's name: -o {output / 'model.gguf'} say.")
     if target.format == "mlx" and output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file, but an MLX model is a folder.", hint="Choose another name with -o.")
-    if output.name in ("", ".."):
-        raise UsageError(f"{output} is no name for a file or folder.", hint="Give it a name with -o.")
     if not overwrite:
         refuse_existing(output)
     elif output.is_dir():
         _refuse_foreign(output)
+
+
+def check_place(source: Path, output: Path) -> None:
+    """Raises UsageError for an `output` without a name of its own or a folder to lie in, and for one in or around the folder `source`."""
+    place, origin = output.parent.resolve(), source.resolve()
+    if not place.is_dir():
+        raise UsageError(f"{output.parent} is no folder, so {output.name} cannot be made there.", hint="Make it first, or choose another.")
+    if output.name in ("", ".."):
+        raise UsageError(f"{output} is no name for a file or folder.", hint="Give it a name with -o.")
+    for path in (place / output.name, output.resolve()):
+        if path.is_relative_to(origin) or origin.is_relative_to(path):
+            raise UsageError(f"{output} lies in the source, {source}, or around it.", hint="Choose a place outside of it with -o.")
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -208,6 +208,22 @@ def test_what_may_be_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "diary.txt").read_text() == "mine"
 
 
+def test_what_a_crash_left_beside_the_output_is_swept(tmp_path: Path) -> None:
+    source = adapter(tmp_path)
+    (tmp_path / ".qwen2-0123456789abcdef").write_text("half")
+    convert_adapter(source, None, F32, tmp_path / "out.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out.gguf"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_into_the_source_is_no_place(tmp_path: Path, overwrite: bool) -> None:
+    source = adapter(tmp_path)
+    (tmp_path / "link").symlink_to("adapter")
+    for output in (tmp_path / "link", tmp_path / "link" / "x.gguf"):
+        with pytest.raises(UsageError, match="lies in the source"):
+            convert_adapter(source, None, F32, output, overwrite=overwrite)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = adapter(tmp_path)
     monkeypatch.setattr(files, "free_bytes", lambda _: 1000)
