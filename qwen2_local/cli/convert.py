@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +71,7 @@ def convert(
         names = _names([target.label for target in wanted], name.lower())
         places = [models.place(one) for one in names]
     started = time.monotonic()
-    with _kept(places), output.Status() as status:
+    with _shared_folder(places, destination), _kept(places), output.Status() as status:
 
         def report(progress: Progress) -> None:
             status.bytes(progress.phase, progress.done, progress.total)
@@ -96,9 +97,10 @@ def _convert_adapter(
     places = _places(wanted, destination, source.resolve().name)
     gguf = any(target.format == "gguf" for target in wanted)
     started = time.monotonic()
-    for target, place in zip(wanted, places, strict=True):
-        # Refused where there is no such target, as for models.
-        convert_adapter(source, config, target, place, pad_ffn=pad_ffn and (target.format == "gguf" or not gguf), overwrite=force)
+    with _shared_folder(places, destination):
+        for target, place in zip(wanted, places, strict=True):
+            # Refused where there is no such target, as for models.
+            convert_adapter(source, config, target, place, pad_ffn=pad_ffn and (target.format == "gguf" or not gguf), overwrite=force)
     _say(wanted, places, [""] * len(wanted), time.monotonic() - started, as_json=as_json)
 
 
@@ -117,8 +119,6 @@ def _places(wanted: Sequence[Target], destination: Path | None, stem: str) -> li
     if len(wanted) == 1 and destination is not None:
         return [destination]
     folder = destination or Path()
-    if destination is not None and destination.parent.is_dir() and not destination.exists():
-        destination.mkdir()
     return [folder / f"{stem}-{target.label}{'.gguf' if target.format == 'gguf' else ''}" for target in wanted]
 
 
@@ -128,6 +128,21 @@ def _names(labels: Sequence[str], name: str) -> list[str]:
     if ":" in name:
         raise UsageError(f"{name} names one model, and there are {len(labels)} targets.", hint=f"--name {name.partition(':')[0]} names each of them.")
     return [f"{name}:{label}" for label in labels]
+
+
+@contextmanager
+def _shared_folder(places: Sequence[Path], folder: Path | None) -> Iterator[None]:
+    """Makes the folder that -o names for several outputs, if there is none; nothing is left of it where nothing came into it."""
+    new = folder is not None and len(places) > 1 and folder.parent.is_dir() and not os.path.lexists(folder)
+    if folder is None or not new:
+        yield
+        return
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 @contextmanager

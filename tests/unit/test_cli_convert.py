@@ -11,7 +11,7 @@ import pytest
 
 from qwen2_converters import gguf
 from qwen2_local.cli.convert import convert
-from qwen2_local.errors import UsageError
+from qwen2_local.errors import Qwen2LocalError, UsageError
 from qwen2_local.store import Store
 from tests.support import tiny_checkpoint
 
@@ -35,6 +35,13 @@ def test_several_targets_go_into_a_folder(source: str, tmp_path: Path, capsys: p
     assert rows[0]["bytes"] == (out / "tiny-q4_0.gguf").stat().st_size
     assert rows[0].keys() == {"path", "type", "bytes", "seconds"}
     assert sorted(path.name for path in out.iterdir()) == ["tiny-mlx-4bit", "tiny-q4_0.gguf"]
+
+
+@pytest.mark.parametrize("place", ["out", "tiny/out"])
+def test_a_folder_for_outputs_that_never_came_is_not_left(source: str, tmp_path: Path, place: str) -> None:
+    with pytest.raises(Qwen2LocalError):
+        run(source, "--to", "gguf:q4_0", "--to", "mlx:4bit", "-o", tmp_path / place, "--imatrix", tmp_path / "none")
+    assert not (tmp_path / place).exists()
 
 
 def test_several_targets_are_installed_by_their_labels(source: str, capsys: pytest.CaptureFixture[str]) -> None:
