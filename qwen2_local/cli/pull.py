@@ -110,7 +110,7 @@ def _require_consent(plan: PullPlan, *, yes: bool, accepted: bool) -> None:
         text = f"{plan.title} has the licence {plan.licence.name}: {plan.licence.url}"
         if not terminal:
             raise UsageError(f"{text}.", hint="Read it. If you accept it, say so with --accept-licence.")
-        if not click.confirm(f"{text}\nDo you accept it?", default=False, err=True):
+        if not click.confirm(f"{clean_line(text)}\nDo you accept it?", default=False, err=True):
             raise click.Abort
     elif terminal and not yes:
         question = "Replace it by what the hub has now?" if plan.changed else "Go on?"
@@ -200,6 +200,7 @@ def _print_object(plan: PullPlan, status: str) -> None:
 
     way = plan.way
     contexts = sorted({min(8192, plan.shape.context), min(32768, plan.shape.context)} - {0})
+    # ASCII: names and licences are a stranger's text, and may go to a terminal.
     print(json.dumps({
         "status": status,
         "title": plan.title,
@@ -211,7 +212,7 @@ def _print_object(plan: PullPlan, status: str) -> None:
         "bytes": {"files": way.fetched, "to_fetch": plan.fetch, "to_convert": way.written, "disk_needed": plan.disk, "disk_free": plan.disk_free},
         "memory": {"at": {str(context): plan.memory_at(context) for context in contexts}, "total": plan.memory.total, "fits": plan.fits},
         "licence": {"id": plan.licence.id, "url": plan.licence.url, "to_accept": plan.licence_to_accept},
-    }, ensure_ascii=False))  # fmt: skip
+    }))  # fmt: skip
 
 
 # What is shown meanwhile

@@ -7,11 +7,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from qwen2_converters import pull as module
@@ -19,6 +21,7 @@ from qwen2_converters.fetching import AHEAD, is_stub
 from qwen2_converters.pull import carry_out, prepare, pull
 from qwen2_converters.target import Target
 from qwen2_local import files
+from qwen2_local.cli import pull as cli
 from qwen2_local.errors import BadFile, DoesNotFit, FetchFailed, Offline, UnknownModel, UnsupportedModel, UsageError
 from qwen2_local.store import Store
 from tests.support import gguf_bytes, tiny_checkpoint
@@ -86,6 +89,20 @@ def test_a_listing_that_lies_about_a_size_ends_at_the_size(hub):
     with pytest.raises((BadFile, FetchFailed)):
         pull(f"{TUNE}-GGUF")
     assert nothing_is_there()
+
+
+def test_a_licence_cannot_steer_the_terminal(hub, monkeypatch, capsys):
+    hub.add("some/evil", hub.repos[TUNE].files, card={"license": "other", "license_name": "\x1b[31m\u009b31mred\nfree"})
+    plan = prepare("some/evil", original=True)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    asked: list[str] = []
+    monkeypatch.setattr(cli.click, "confirm", lambda text, **_: asked.append(text))
+    with pytest.raises(click.Abort):
+        cli._require_consent(plan, yes=False, accepted=False)
+    cli._print_object(plan, "planned")
+    assert "[31m31mred free: " in asked[0]
+    assert not {"\x1b", "\u009b"} & {*asked[0], *capsys.readouterr().out}
 
 
 def test_what_is_not_there(hub):
