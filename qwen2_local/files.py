@@ -462,7 +462,12 @@ def _sync_folder(folder: Path) -> None:
         _sync(folder)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """The SHA-256 of a file, in hexadecimal. advance: gets the bytes that are done, now and then."""
+    digest, done, buffer = hashlib.sha256(), 0, bytearray(_COPY)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            done += count
+            advance(done)
+    return digest.hexdigest()

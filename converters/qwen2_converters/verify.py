@@ -5,7 +5,6 @@ Reads everything once, in bounded memory, and changes nothing.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from qwen2_converters.plan import make_plan
 from qwen2_converters.plan_packed import GGUF
 from qwen2_converters.planned import Part, PlannedTensor, Rows
 from qwen2_converters.target import Target
-from qwen2_local import cpu
+from qwen2_local import cpu, files
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.check_gguf import GgufModel, open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
@@ -37,7 +36,6 @@ _BLOCK = 1 << 20
 """Weights that a thread compares at once: 20 MB in all its forms."""
 
 _THREADS = 8
-_CHUNK = 1 << 22
 _IGNORED = ("manifest.json", ".DS_Store")
 _SHOWN = 5
 
@@ -146,7 +144,7 @@ def check_files(folder: Path, manifest: Manifest, advance: Callable[[int], None]
             size = path.stat().st_size
             if size != file.size:
                 faults.append(f"{path} has {size:,} bytes, {file.size:,} were installed.")
-            elif _sha256(path, lambda count, before=done: advance(before + count)) != file.sha256:  # type: ignore[misc]
+            elif files.sha256(path, lambda count, before=done: advance(before + count)) != file.sha256:  # type: ignore[misc]
                 faults.append(f"{path} has changed since it was installed: its SHA-256 is another.")
         except OSError as error:
             faults.append(f"{path} is missing." if isinstance(error, FileNotFoundError) else f"{path} cannot be read: {error.strerror}.")
@@ -281,15 +279,3 @@ def _described(model: GgufModel | Checkpoint | None) -> tuple[str, int, int]:
     bits = model.config.quantization
     kind = "MLX" if model.layout == "mlx" else "Hugging Face"
     return f"{kind} {f'{bits.bits}-bit' if bits else model.config.dtype}", len(model.tensors), model.weight_bytes
-
-
-def _sha256(path: Path, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK)
-    done = 0
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            done += count
-            advance(done)
-    return digest.hexdigest()
