@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,9 +88,15 @@ class Manifest:
         return cls(files=listed, format=cast(Format, kind), context=context, schema=schema, source_hash=source_hash, **texts)
 
 
-def list_files(folder: Path) -> tuple[ManifestFile, ...]:
-    """The files in `folder`, hashed, for a manifest."""
-    return tuple(ManifestFile(path.name, path.stat().st_size, files.sha256(path)) for path in sorted(folder.iterdir()) if path.is_file())
+def list_files(folder: Path, advance: Callable[[int, int], None] = lambda _done, _total: None) -> tuple[ManifestFile, ...]:
+    """The files in `folder`, hashed, for a manifest. advance: gets the bytes that are hashed, and those of all."""
+    sizes = {path: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    listed: list[ManifestFile] = []
+    for path, size in sizes.items():
+        before = sum(file.size for file in listed)
+        sha256 = files.sha256(path, lambda done: advance(before + done, sum(sizes.values())))  # noqa: B023
+        listed.append(ManifestFile(path.name, size, sha256))
+    return tuple(listed)
 
 
 def now() -> str:

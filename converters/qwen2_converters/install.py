@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen2_converters.about import licence
-from qwen2_converters.making import OnProgress, Options, Wanted, make
+from qwen2_converters.making import OnProgress, Options, Progress, Wanted, make
 from qwen2_converters.target import Target
 from qwen2_local.errors import UsageError
 from qwen2_local.formats.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def install_all(
         for target, name in models:
             folder = stack.enter_context(store.reserve(name))
             file = f"{name.replace(':', '-')}.gguf" if target.format == "gguf" else ""
-            sealed = _seal(target, name, made_of, revision)
+            sealed = _seal(target, name, made_of, revision, progress or (lambda _: None))
             wanted.append(Wanted(target, folder, file, False, _refuse_taken(store, name), seal=sealed))
         make(source, wanted, options, progress or (lambda _: None))
     return [manifest for _, name in models if (manifest := store.get(name).manifest)]
@@ -76,14 +76,14 @@ def _refuse_taken(store: Store, name: str) -> Callable[[], None]:
     return refuse
 
 
-def _seal(target: Target, name: str, source: str, revision: str) -> Callable[[Checkpoint, Path], None]:
+def _seal(target: Target, name: str, source: str, revision: str, report: OnProgress) -> Callable[[Checkpoint, Path], None]:
     def seal(checkpoint: Checkpoint, folder: Path) -> None:
         Store.unseal(folder)
         made = Manifest(
             name=name,
             source=source,
             revision=revision,
-            files=list_files(folder),
+            files=list_files(folder, lambda done, total: report(Progress("hashing", done, total))),
             format=target.format,
             architecture=checkpoint.config.model_type,
             quantization=_quantization(target),

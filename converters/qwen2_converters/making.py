@@ -33,9 +33,12 @@ _MOST_THREADS = 16  # each has some 12 MB under way
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a conversion is. done, total: bytes of the outputs' tensors. tensor: the one under way, in its output's names."""
+    """How far a conversion is. done, total: bytes of the outputs' tensors. tensor: the one under way, in its output's names.
 
-    phase: Literal["checking", "converting", "publishing"]
+    "hashing" is for models of the store alone: each is read once more, and the bytes are those of its files.
+    """
+
+    phase: Literal["checking", "converting", "publishing", "hashing"]
     done: int
     total: int
     tensor: str = ""
@@ -243,7 +246,6 @@ def _write(checkpoint: Checkpoint, makings: Sequence[_Making], arrivals: Arrival
             journals.append(journal)
             done += _finished_bytes(making.job.plan, journal.finished)
         convert_blocks(checkpoint, outputs, advance, threads=min(cpu.cores(), _MOST_THREADS), arrivals=arrivals, delta=merge)
-        # What is left reads the outputs once more, for their hashes, and waits for the disk.
         report(Progress("publishing", total, total))
         for making, journal in zip(makings, journals, strict=True):
             _finish(checkpoint, making)

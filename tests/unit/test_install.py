@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_converters.install import install
+from qwen2_converters.making import Progress
 from qwen2_converters.target import Target
 from qwen2_local.errors import UsageError
 from qwen2_local.store import Store, resolve
@@ -45,6 +46,15 @@ def test_the_manifest_says_what_was_made(source: Path, store: Store, target: str
     found = resolve("tiny:q4", store)
     assert (found.format, found.manifest) == (target.partition(":")[0], made)
     assert [path.name for path in store.folder.iterdir() if not path.name.startswith(".")] == ["tiny@q4"]
+
+
+def test_progress_goes_on_while_the_model_is_hashed(source: Path, store: Store) -> None:
+    seen: list[Progress] = []
+    made = install(source, Target.parse("mlx:4bit"), store, "tiny", progress=seen.append)
+    hashed = [progress for progress in seen if progress.phase == "hashing"]
+    assert [progress.done for progress in hashed] == sorted(progress.done for progress in hashed)
+    assert len(hashed) == len(made.files)
+    assert hashed[-1].done == hashed[0].total == made.size
 
 
 def test_without_an_origin_the_source_is_a_path(source: Path, store: Store) -> None:
