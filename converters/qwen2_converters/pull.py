@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Literal
 from qwen2_converters import remote
 from qwen2_converters.download import download, read_range
 from qwen2_converters.fetching import AHEAD, Fetching, is_stub, make_stub
-from qwen2_converters.hub import sources
+from qwen2_converters.hub import local, sources
 from qwen2_converters.hub.asked import Asked, understand
 from qwen2_converters.hub.choose import ORIGINAL, Choice, Way, choose, siblings
 from qwen2_converters.hub.preflight import Licence, Shape, check_keys, converted_bytes, disk_needed, fits, licence_of, memory_at, shape_of
@@ -33,7 +32,7 @@ from qwen2_converters.making import Options, Progress, Wanted, make
 from qwen2_converters.remote import RemoteFile
 from qwen2_converters.target import Target
 from qwen2_local import files, fit
-from qwen2_local.errors import BadFile, Offline, Qwen2LocalError, UnknownModel, UsageError
+from qwen2_local.errors import BadFile, UsageError
 from qwen2_local.files import refuse_clashes
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
@@ -168,11 +167,11 @@ def prepare(
         raise UsageError("--revision is for repositories of a hub.", hint="Leave it out.")
     asked = replace(asked, revision=revision or asked.revision, source=source or asked.source)
     if asked.kind == "path":
-        repositories = [local_repository(Path(asked.where))]
+        repositories = [local.look(Path(asked.where))]
     elif asked.kind == "address":
         repositories = [sources.look_at_address(asked.where)]
     else:
-        repositories = _look(asked, backend, targets, original)
+        repositories = sources.look_at_all(asked.source or "huggingface", siblings(asked, backend, targets, original=original), asked.revision)
     choice = choose(
         asked, repositories, backend=backend, targets=targets, original=original, size_of=converted_bytes,
         fits=lambda way: fits(way, shape_of(way.repository, asked.model), memory),
@@ -194,7 +193,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
     with plan.store.resume(plan.draft, replace=True) as draft:
         if kept is not None and kept.state == "current":
             source = plan.store.get(kept.name).folder
-        elif kept is None and is_local(plan.way.repository):
+        elif kept is None and plan.way.repository.is_local:
             source = Path(plan.way.repository.id)
         else:
             source = draft.folder
@@ -212,30 +211,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
     return tuple(_manifest(plan.store, model.name) for model in plan.models)
 
 
-# Looking and planning
-
-
-def _look(asked: Asked, backend: str, targets: Sequence[Target], original: bool) -> list[Repository]:
-    """The repositories that are there. Raises what kept the one that was asked for from being read."""
-    ids = siblings(asked, backend, targets, original=original)
-    with ThreadPoolExecutor(len(ids)) as pool:
-        found = list(pool.map(partial(_try, asked.source or "huggingface", asked.revision), ids))
-    there = [one for one in found if isinstance(one, Repository)]
-    errors = [one for one in found if not isinstance(one, Repository)]
-    # What is missing is no fault where something else serves; what cannot be asked is, as a far larger one could be taken instead.
-    serious = [error for error in errors if not isinstance(error, UnknownModel)]
-    if serious and not all(isinstance(error, Offline) and one.cached for error in serious for one in there):
-        raise serious[0]
-    if not there:
-        raise errors[-1]
-    return there
-
-
-def _try(source: SourceName, revision: str, id: str) -> Repository | Qwen2LocalError:
-    try:
-        return sources.look(source, id, revision)
-    except Qwen2LocalError as error:
-        return error
+# Planning
 
 
 def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, install_as: str, discard: bool) -> PullPlan:
@@ -252,11 +228,11 @@ def _plan(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, instal
     if missing and repository.cached:
         sources.remote(repository, missing[0])  # raises Offline
     fetch = sum(file.size - min(file.size, _begun(store.unfinished(draft), file)) for file in missing)
-    discard = discard and bool(way.targets) and not way.label and not is_local(repository)
+    discard = discard and bool(way.targets) and not way.label and not repository.is_local
     shards = sorted((file.size for file in way.files if file.name.endswith(".safetensors")), reverse=True)
     # A packed matrix may lie in several shards: then they are needed together.
     held = sum(shards[: AHEAD + 1]) if discard and repository.kind == "original" else fetch
-    copied = way.fetched if is_local(repository) and not way.targets else 0
+    copied = way.fetched if repository.is_local and not way.targets else 0
     # What an earlier run has written lies on the disk already.
     written = sum(max(0, converted_bytes(repository, model.target) - store.kept(model.name)) for model in todo if model.target is not None)
     disk = disk_needed(min(held, fetch) + copied, written) if todo else 0
@@ -308,9 +284,9 @@ def _slug(id: str) -> str:
 def _peek(way: Way) -> Mapping[str, object]:
     """The first keys of a GGUF that is on a server, or here. They tell the architecture and the shape; the vocabulary comes after them."""
     first = way.files[0]
-    local = _local(way.repository, first)
-    if local is not None:
-        return salvage_gguf(local)[0].keys
+    here = sources.file_here(way.repository, first)
+    if here is not None:
+        return salvage_gguf(here)[0].keys
     head = read_range(sources.remote(way.repository, first), 0, min(_PEEK, first.size))
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         file.write(head)
@@ -324,39 +300,10 @@ def _peek(way: Way) -> Mapping[str, object]:
 # Files that are here already
 
 
-def local_repository(path: Path) -> Repository:
-    """A GGUF file with its other parts, or a folder, as a repository whose id is its path. Raises BadFile, UnsupportedModel."""
-    path = path.resolve()
-    checkpoint = open_checkpoint(path) if (path / "config.json").exists() else None
-    found = open_gguf(path).paths if path.is_file() else tuple(file for file in sorted(path.iterdir()) if file.is_file())
-    listed = tuple(HubFile(file.name, file.stat().st_size) for file in found)
-    # Its own way of telling whether it has changed.
-    stamp = hashlib.sha256("".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in found).encode("utf-8", "replace"))
-    repository = Repository("local", str(path), stamp.hexdigest()[:40], listed)
-    if checkpoint is None:
-        return repository
-    config = checkpoint.config
-    kind = config.packed.method if config.packed else "mlx" if checkpoint.layout == "mlx" else "original"
-    return replace(repository, kind=kind, config=config)
-
-
-def is_local(repository: Repository) -> bool:
-    """Is it a folder or file of this computer?"""
-    return repository.source == "local"
-
-
-def _local(repository: Repository, file: HubFile) -> Path | None:
-    """Where a file of a local folder, or of the Hugging Face cache, lies."""
-    if is_local(repository):
-        path = Path(repository.id)
-        return path.parent / file.path if path.is_file() else path / file.path
-    return sources.cached_file(repository, file)
-
-
 def _places(repository: Repository, file: HubFile, store: Store, draft: str) -> Iterator[Path]:
     """Where the bytes of `file` may be already, by size; they are still to be hashed."""
     folders = [one.folder for one in store.list() if one.manifest and one.manifest.source.lower() == repository.id.lower()]
-    for place in (store.unfinished(draft) / file.name, _local(repository, file), *(folder / file.name for folder in folders)):
+    for place in (store.unfinished(draft) / file.name, sources.file_here(repository, file), *(folder / file.name for folder in folders)):
         if place is not None and place.is_file() and place.stat().st_size == file.size and not is_stub(place):
             yield place
 
@@ -382,7 +329,7 @@ def _gather(plan: PullPlan, folder: Path, report: OnProgress, *, late: bool) -> 
     later: list[RemoteFile] = []
     for file in plan.way.files:
         advance = partial(_verified, report, file, done, total)
-        if is_local(repository):
+        if repository.is_local:
             _link(repository, file, folder, advance)
         elif not _take(plan, file, folder, advance):
             (later if late and file.name.endswith(".safetensors") else first).append(sources.remote(repository, file))
@@ -413,7 +360,7 @@ def _verified(report: OnProgress, file: HubFile, done: int, total: int, count: i
 
 def _link(repository: Repository, file: HubFile, folder: Path, advance: Callable[[int], None]) -> None:
     """Brings a file of a local model into `folder`."""
-    place = _local(repository, file)
+    place = sources.file_here(repository, file)
     assert place is not None
     (folder / file.name).unlink(missing_ok=True)
     link_or_copy(place.resolve(), folder / file.name, advance)
@@ -508,7 +455,7 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Seq
             report(Step(step.phase, names, step.done, step.total))
 
         # Of what is on this computer, its place and time tell more.
-        make(source, wanted, Options(name=plan.title, arrivals=None if is_local(repository) else fetching), advance)
+        make(source, wanted, Options(name=plan.title, arrivals=None if repository.is_local else fetching), advance)
         if keep:
             fetching.finish()
 

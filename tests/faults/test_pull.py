@@ -18,6 +18,7 @@ import pytest
 
 from qwen2_converters import pull as module
 from qwen2_converters.fetching import AHEAD, is_stub
+from qwen2_converters.hub import sources
 from qwen2_converters.pull import carry_out, prepare, pull
 from qwen2_converters.target import Target
 from qwen2_local import files
@@ -209,14 +210,14 @@ def test_a_link_out_of_the_cache_is_no_file_of_it(hub, tmp_path, monkeypatch):
 
 def test_a_sibling_that_cannot_be_asked_is_not_passed_over(hub, monkeypatch):
     """Else the original, three times as large, would be fetched because the GGUF's listing hiccuped."""
-    look = module.sources.look
+    look = sources.look
 
     def hiccup(source, id, revision=""):
         if id.endswith("-GGUF"):
             raise FetchFailed("a hiccup", hint="Try again.")
         return look("huggingface", TUNE, revision)
 
-    monkeypatch.setattr(module.sources, "look", hiccup)
+    monkeypatch.setattr(sources, "look", hiccup)
     with pytest.raises(FetchFailed, match="hiccup"):
         prepare("0.5b")
 

@@ -2,8 +2,8 @@
 
     asked      what a person typed, understood             repository   what a hub lists, checked, and what it means
     choose     the ways to what was asked, cheapest first  preflight    what a way fetches, writes and needs
-    huggingface, modelscope    listings and addresses      sources      the same of any source
-    speed      how fast the last pull was
+    speed      how fast the last pull was                  sources      the same of any source:
+    huggingface, modelscope    listings and addresses      local        a file or folder of this computer
 
 `qwen2_converters.pull` is the caller. Only `sources` and the two hubs touch the network, and load what they need for it late.
 """

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from qwen2_converters.hub.repository import HubFile, Repository, check_listing
 from qwen2_converters.remote import Address
+from qwen2_converters.web import open_client
 from qwen2_local.errors import BadFile, FetchFailed, Offline, UnknownModel
 from qwen2_local.formats.strict_json import parse_object
 
@@ -63,7 +64,7 @@ def _get(id: str, url: str) -> dict[str, Any]:
     """The Data of an answer."""
     import httpx2
 
-    with httpx2.Client(timeout=_TIMEOUT_S, headers=_login()) as client:
+    with open_client(timeout=_TIMEOUT_S, headers=_login()) as client:
         for left in reversed(range(_TRIES)):
             try:
                 with client.stream("GET", url) as response:

@@ -71,6 +71,11 @@ class Repository:
     config: Qwen2Config | None = None
     cached: bool = False
 
+    @property
+    def is_local(self) -> bool:
+        """Is it a folder or file of this computer?"""
+        return self.source == "local"
+
 
 @dataclass(frozen=True, slots=True)
 class GgufChoice:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qwen2_converters.hub import huggingface, modelscope
+from qwen2_converters.hub import huggingface, local, modelscope
 from qwen2_converters.hub.repository import HubFile, Repository, SourceName, check_listing
 from qwen2_converters.remote import Address, RemoteFile
-from qwen2_local.errors import BadFile, FetchFailed, Offline
+from qwen2_local.errors import BadFile, FetchFailed, Offline, Qwen2LocalError, UnknownModel
 from qwen2_local.formats.config import MAX_CONFIG, parse_config
 from qwen2_local.formats.strict_json import parse_object
 
@@ -33,6 +34,24 @@ def look(source: SourceName, id: str, revision: str = "") -> Repository:
         if cached is None:
             raise
         return _with_config(cached)
+
+
+def look_at_all(source: SourceName, ids: Sequence[str], revision: str = "") -> list[Repository]:
+    """Those of the repositories `ids` that are there.
+
+    Raises as `look` does: what kept one of them from being read, or UnknownModel for the last if none is there.
+    """
+    with ThreadPoolExecutor(len(ids)) as pool:
+        found = list(pool.map(partial(_try, source, revision), ids))
+    there = [one for one in found if isinstance(one, Repository)]
+    errors = [one for one in found if not isinstance(one, Repository)]
+    # What is missing is no fault where something else serves; what cannot be asked is, as a far larger one could be taken instead.
+    serious = [error for error in errors if not isinstance(error, UnknownModel)]
+    if serious and not all(isinstance(error, Offline) and one.cached for error in serious for one in there):
+        raise serious[0]
+    if not there:
+        raise errors[-1]
+    return there
 
 
 def look_at_address(url: str) -> Repository:
@@ -66,9 +85,18 @@ def remote(repository: Repository, file: HubFile) -> RemoteFile:
     return RemoteFile(file.name, file.size, resolve, sha256=file.sha256 or None, blob_id=file.blob or None, etag=etag or None)
 
 
-def cached_file(repository: Repository, file: HubFile) -> Path | None:
-    """The file in the Hugging Face cache, if it lies there. Its bytes are still to be hashed."""
+def file_here(repository: Repository, file: HubFile) -> Path | None:
+    """Where the file lies on this computer: in the local folder itself, or in the Hugging Face cache. Its bytes are still to be hashed."""
+    if repository.is_local:
+        return local.place(repository, file)
     return huggingface.cached_blob(repository.id, file) if repository.source == "huggingface" else None
+
+
+def _try(source: SourceName, revision: str, id: str) -> Repository | Qwen2LocalError:
+    try:
+        return look(source, id, revision)
+    except Qwen2LocalError as error:
+        return error
 
 
 def _resolve(repository: Repository, path: str) -> Callable[[], Address]:
@@ -97,7 +125,7 @@ def _with_config(repository: Repository) -> Repository:
 
 
 def _content(repository: Repository, file: HubFile) -> bytes:
-    cached = cached_file(repository, file)
+    cached = file_here(repository, file)
     if cached is not None:
         return cached.read_bytes()
     from qwen2_converters.download import read_range
