@@ -29,6 +29,11 @@ _TICK_S = 0.1
 _GRACE_S = 5.0
 
 
+def shards_folder(source: Path) -> Path:
+    """BESIDE for the unfinished checkpoint in the folder `source`."""
+    return source.with_name("shards")
+
+
 def is_stub(path: Path) -> bool:
     """Does hardly anything of the file lie on the disk? A file that does not look it may still be one, where the file system is odd: hashes tell."""
     state = path.stat()

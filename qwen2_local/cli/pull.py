@@ -18,7 +18,8 @@ from qwen2_local.sanitize import clean_line
 
 if TYPE_CHECKING:
     from qwen2_converters.hub.choose import Way
-    from qwen2_converters.pull import PullPlan, Step
+    from qwen2_converters.pull_plan import PullPlan
+    from qwen2_converters.pull_step import Step
 
 _SHOWN_FILES = 6
 _BAR = 20

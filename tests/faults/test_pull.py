@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 import pytest
 
-from qwen2_converters import pull as module
 from qwen2_converters.fetching import AHEAD, is_stub
 from qwen2_converters.hub import sources
 from qwen2_converters.pull import carry_out, prepare, pull
+from qwen2_converters.pull_step import Step
 from qwen2_converters.target import Target
 from qwen2_local import files
 from qwen2_local.cli import pull as cli
@@ -288,7 +288,7 @@ def test_a_pull_that_is_killed_goes_on(hub, tmp_path):
 def test_what_is_converted_already_needs_no_disk_again(hub, monkeypatch):
     """Else a pull that fitted would not go on after a crash."""
 
-    def stop(step: module.Step) -> None:
+    def stop(step: Step) -> None:
         if step.phase == "converting" and step.done > step.total / 2:
             raise KeyboardInterrupt
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen2_converters.pull import Step
+from qwen2_converters.pull_step import Step
 from qwen2_local.cli.pull import Meter
 
 
