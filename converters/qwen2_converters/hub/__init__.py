@@ -5,5 +5,5 @@
     speed      how fast the last pull was                  sources      the same of any source:
     huggingface, modelscope    listings and addresses      local        a file or folder of this computer
 
-`qwen2_converters.pull` is the caller. Only `sources` and the two hubs touch the network, and load what they need for it late.
+`qwen2_converters.pull` and its modules are the callers. Only `sources` and the two hubs touch the network, and load what they need for it late.
 """
