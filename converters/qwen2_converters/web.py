@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from qwen2_converters.remote import Address
 from qwen2_local import __version__
@@ -58,6 +58,22 @@ class Timeouts:
     read: float = 30.0
 
 
+def open_client(*, headers: Mapping[str, str] | None = None, **options: Any) -> httpx2.Client:
+    """A client that uses the environment's proxies and certificates and keeps no cookie. options: as for httpx2.Client.
+
+    Raises FetchFailed where the environment names a proxy or certificates that cannot be used.
+    """
+    import httpx2
+
+    agent = {"User-Agent": f"qwen2-local/{__version__}"}
+    try:
+        return httpx2.Client(headers={**agent, **(headers or {})}, cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])), **options)
+    except (ImportError, ValueError, httpx2.InvalidURL) as error:
+        raise FetchFailed("The proxy that the environment names cannot be used.", hint="Set HTTPS_PROXY to an http:// address.") from error
+    except OSError as error:
+        raise FetchFailed("The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read.", hint=_CERTIFICATES) from error
+
+
 class Web:
     """Connections to servers, shared by threads. Use it in a `with` block."""
 
@@ -66,18 +82,9 @@ class Web:
         import httpx2
 
         chosen = timeouts or Timeouts()
-        agent = f"qwen2-local/{__version__}"
-        try:
-            self._client = httpx2.Client(
-                headers={"User-Agent": agent, "Accept-Encoding": "identity", "Accept": "*/*"},
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-                timeout=httpx2.Timeout(chosen.read, connect=chosen.connect, pool=None),
-                follow_redirects=False,
-            )
-        except (ImportError, ValueError, httpx2.InvalidURL) as error:
-            raise FetchFailed("The proxy that the environment names cannot be used.", hint="Set HTTPS_PROXY to an http:// address.") from error
-        except OSError as error:
-            raise FetchFailed("The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read.", hint=_CERTIFICATES) from error
+        self._client = open_client(
+            headers={"Accept-Encoding": "identity", "Accept": "*/*"}, timeout=httpx2.Timeout(chosen.read, connect=chosen.connect, pool=None)
+        )
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._waiting: set[int] = set()
