@@ -2,11 +2,11 @@
 
 import pytest
 
-from qwen2_converters.hub import modelscope
+from qwen2_converters.hub import modelscope, sources
 from qwen2_converters.web import Web
 from qwen2_local.errors import FetchFailed
 
-ASK = [Web, lambda: modelscope.listing("some/model")]
+ASK = [Web, lambda: modelscope.listing("some/model"), lambda: sources.look_at_address("http://127.0.0.1:9/x.gguf")]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from qwen2_converters.hub import huggingface, local, modelscope
 from qwen2_converters.hub.repository import HubFile, Repository, SourceName, check_listing
 from qwen2_converters.remote import Address, RemoteFile
+from qwen2_converters.web import open_client
 from qwen2_local.errors import BadFile, FetchFailed, Offline, Qwen2LocalError, UnknownModel
 from qwen2_local.formats.config import MAX_CONFIG, parse_config
 from qwen2_local.formats.strict_json import parse_object
@@ -60,7 +61,7 @@ def look_at_address(url: str) -> Repository:
 
     name = unquote(urlsplit(url).path.rpartition("/")[2])
     try:
-        with httpx2.Client(timeout=20.0, follow_redirects=True, max_redirects=5) as client, client.stream("HEAD", url) as response:
+        with open_client(timeout=20.0, follow_redirects=True, max_redirects=5) as client, client.stream("HEAD", url) as response:
             status, headers = response.status_code, response.headers
             linked = next((one.headers for one in (*response.history, response) if "X-Linked-Etag" in one.headers), headers)
     except httpx2.HTTPError as error:
