@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 
 from qwen2_converters import ggml
-from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.imatrix import Importance
+from qwen2_converters.job import Block, Buffer, Job, WeightFile
 from qwen2_converters.keys import Keys, Value, gguf_keys
 from qwen2_converters.planned import Part, Plan
 from qwen2_local.errors import BadFile

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from qwen2_converters.arriving import Arrivals
-from qwen2_converters.blocks import Job, convert_blocks
+from qwen2_converters.blocks import convert_blocks
 from qwen2_converters.companions import check_companions
 from qwen2_converters.gguf import gguf_job
 from qwen2_converters.imatrix import Importance, read_importance
+from qwen2_converters.job import Job
 from qwen2_converters.lora import open_adapter
 from qwen2_converters.merge import Merge
 from qwen2_converters.mlx import mlx_job

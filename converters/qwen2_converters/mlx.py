@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from qwen2_converters import affine
-from qwen2_converters.blocks import Block, Buffer, Job, WeightFile
 from qwen2_converters.companions import copy_companions
 from qwen2_converters.floats import finite, narrow, widen
+from qwen2_converters.job import Block, Buffer, Job, WeightFile
 from qwen2_converters.plan_mlx import quantization
 from qwen2_converters.planned import Part, Plan, PlannedTensor
 from qwen2_local.errors import BadFile

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen2_converters.blocks import Job, Output, Place
+from qwen2_converters.job import Job, Output, Place
 from qwen2_converters.journal import Entries, Journal, journal, read_journal
 from qwen2_local import files
 

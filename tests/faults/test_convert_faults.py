@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from qwen2_converters import blocks, gguf, making, mlx
+from qwen2_converters import blocks, gguf, job, making, mlx
 from qwen2_converters.convert import Progress, check, convert
 from qwen2_converters.install import install
 from qwen2_converters.target import Target
@@ -252,7 +252,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     plain = gguf._encode
 
-    def encode(block: blocks.Block, raw: blocks.Buffer, **rest: Any) -> list[blocks.Buffer]:
+    def encode(block: job.Block, raw: job.Buffer, **rest: Any) -> list[job.Buffer]:
         seen.append(block.tensor.parts[0].name)
         return plain(block, raw, **rest)
 
