@@ -3,8 +3,10 @@
     convert   the whole way: checks, disk, writing, publishing      install   the same into the store, with a manifest
     target    what to make ("gguf:q4_0", "mlx:4bit")                plan      what will be written, before any weight is read
     gguf      writes a GGUF file; keys, mix and ggml serve it       mlx       writes an MLX folder
-    blocks    moves weights from file to file in bounded memory     destination   where a conversion may write
-    companions   the small files beside the weights                 download  brings files from a server: resumed, hashed, whole
+    job       how one output is written, by gguf or mlx             blocks    moves weights to all outputs in bounded memory
+    destination   where a conversion may write                      companions   the small files beside the weights
+    verify    reads a model back: is it whole?                      compare   how far its weights are from their source's
+    download  brings files from a server: resumed, hashed, whole
 
 `making` is what `convert` and `install` share: it writes into a `staging` folder with a `journal`, so that the same call goes on after a crash.
 `arriving` says how to convert weights that are still being fetched.

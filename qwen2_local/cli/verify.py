@@ -17,7 +17,8 @@ from qwen2_local.manifest import Manifest
 from qwen2_local.sanitize import clean_line
 
 if TYPE_CHECKING:
-    from qwen2_converters.verify import Report, TensorError
+    from qwen2_converters.compare import TensorError
+    from qwen2_converters.verify import Report
 
 _WORST = 10
 

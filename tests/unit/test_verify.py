@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen2_converters.compare import TensorError
 from qwen2_converters.convert import convert
 from qwen2_converters.dequantize import affine, checkpoint_weights, gguf_weights, microscaled, unpack
 from qwen2_converters.install import install
 from qwen2_converters.making import Options
 from qwen2_converters.target import Target
-from qwen2_converters.verify import Report, TensorError, verify
+from qwen2_converters.verify import Report, verify
 from qwen2_local.errors import BadFile, UnsupportedModel
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import open_checkpoint
