@@ -32,8 +32,10 @@ _COMMANDS = {
     "completion": ("completion", "Print shell completion for bash, zsh or fish."),
 }
 EXIT_CODES = """\b
-Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model · 3 bad or damaged file · 4 backend missing or failed ·
-5 does not fit (memory, disk, context) · 6 could not be fetched (network, server) · 130 stopped by Ctrl-C · 141 the reader of the output went away"""
+Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model
+3 bad or damaged file · 4 backend missing or failed
+5 does not fit (memory, disk, context) · 6 could not be fetched (network, server)
+130 stopped by Ctrl-C · 141 the reader of the output went away"""
 
 
 class _ReaderGone(Exception):
@@ -145,6 +147,6 @@ def _system_error(error: OSError) -> int:
 
 
 def _tell(text: str) -> None:
-    from qwen2_local.sanitize import clean
+    from qwen2_local.cli import output
 
-    print(clean(text), file=sys.stderr)
+    output.note(text)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from qwen2_local.sanitize import clean, clean_line
 
@@ -67,8 +68,26 @@ def reply(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr."""
-    print(clean(text), file=sys.stderr, flush=True)
+    """Lines for the person, on stderr."""
+    print(wrap(clean(text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def wrap(text: str, stream: TextIO, *, indent: int | None = None) -> str:
+    """`text` with its lines broken between words where `stream` is a terminal that they are too wide for; elsewhere as it is.
+
+    indent: of further lines, in characters; by default as their first.
+    """
+    if not stream.isatty():
+        return text
+    width = max(20, shutil.get_terminal_size().columns)
+    lines = []
+    for line in text.split("\n"):
+        further = " " * (len(line) - len(line.lstrip(" ")) if indent is None else indent)
+        parts = textwrap.wrap(
+            line, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False, expand_tabs=False, replace_whitespace=False
+        )
+        lines += parts if len(line) > width else [line]
+    return "\n".join(lines)
 
 
 def table(rows: list[tuple[str, ...]]) -> None:

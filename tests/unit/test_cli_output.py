@@ -1,5 +1,7 @@
 """The line about work under way."""
 
+import io
+
 import pytest
 
 from qwen2_local.cli import output
@@ -33,3 +35,13 @@ def test_what_an_earlier_run_has_done_is_no_speed(shown):
 def test_what_has_no_end_yet_is_named(shown):
     output.Status().bytes("hashing", 5, 0)
     assert shown == ["hashing"]
+
+
+def test_lines_break_between_words_on_a_terminal_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    terminal, pipe = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    text = "error: short\n  one two  three four five six seven"
+    assert output.wrap(text, pipe) == text
+    assert output.wrap(text, terminal) == "error: short\n  one two  three four five six\n  seven"
+    assert output.wrap("a" * 40, terminal) == "a" * 40, "what is to be copied is not cut"
