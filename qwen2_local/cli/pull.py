@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from qwen2_converters.pull_step import Step
 
 _SHOWN_FILES = 6
+_INDENT = 11
 _BAR = 20
+_SHORTEST_BAR = 6
 _WINDOW_S = 10.0
 _REDRAW_S = 0.1
 
@@ -76,7 +78,8 @@ def pull(
         )
     if not as_json:
         for line in _lines(plan):
-            print(clean_line(line), file=sys.stdout if dry_run else sys.stderr)
+            stream = sys.stdout if dry_run else sys.stderr
+            print(output.wrap(clean_line(line), stream, indent=_INDENT), file=stream)
     if dry_run or plan.current:
         if as_json:
             _print_object(plan, "planned" if not plan.current else "current")
@@ -86,7 +89,7 @@ def pull(
         with Meter() as meter:
             made = carry_out(plan, progress=meter.step)
     except (KeyboardInterrupt, Cancelled):
-        output.note(f"kept {output.gigabytes(plan.kept())}: run the same command to go on (`qwen2-local rm {plan.draft}` gives the space back).")
+        output.note(f"kept {output.gigabytes(plan.kept())}: the same command goes on, `qwen2-local rm {plan.draft}` frees it.")
         raise
     if as_json:
         _print_object(plan, "installed")
@@ -112,11 +115,16 @@ def _require_consent(plan: PullPlan, *, yes: bool, accepted: bool) -> None:
         if not terminal:
             raise UsageError(f"{text}.", hint="Read it. If you accept it, say so with --accept-licence.")
         if not click.confirm(f"{clean_line(text)}\nDo you accept it?", default=False, err=True):
-            raise click.Abort
+            _refuse()
     elif terminal and not yes:
         question = "Replace it by what the hub has now?" if plan.changed else "Go on?"
         if not click.confirm(question, default=plan.fits, err=True):
-            raise click.Abort
+            _refuse()
+
+
+def _refuse() -> NoReturn:
+    output.note("Nothing was fetched.")
+    raise click.Abort
 
 
 # What is shown before
@@ -129,7 +137,7 @@ def _lines(plan: PullPlan) -> list[str]:
     from qwen2_converters.hub.sources import NAMES
 
     shape = plan.shape
-    facts = [plan.licence.name]
+    facts = [plan.licence.name if plan.licence.id else "licence not stated"]
     facts += [f"{shape.parameters / 1e9:.2f} B parameters"] if shape.parameters else []
     facts += [f"{shape.context // 1024}K context"] if shape.context >= 1024 else []
     way = plan.way
@@ -252,7 +260,6 @@ class Meter(output.Status):
 
     def _line(self, step: Step, at: float, more: str) -> str:
         share = min(1.0, step.done / step.total)
-        full = round(share * _BAR)
         file = f" {step.file_done / step.file_total:.0%}" if step.file_total and step.file_total != step.total else ""
         doing = "" if step.phase == "fetching" else f"{step.phase} "
         done = f"  {share:.0%}  {output.gigabytes(step.done)} of {output.gigabytes(step.total)}"
@@ -263,9 +270,10 @@ class Meter(output.Status):
         done += more
         # What does not fit goes: the bar first, then the end of the name.
         name = f"{doing}{step.name}{file}"
-        bar = f"  {'━' * full}{'─' * (_BAR - full)}"
-        if len(name + bar + done) <= self._width:
-            return name + bar + done
+        length = min(_BAR, self._width - len(name + done) - 2)
+        if length >= _SHORTEST_BAR:
+            full = round(share * length)
+            return f"{name}  {'━' * full}{'─' * (length - full)}{done}"
         return name[: max(8, self._width - len(done))] + done
 
     def _speed(self, step: Step, at: float) -> float:

@@ -50,3 +50,9 @@ def test_a_narrow_terminal_gets_a_line_that_fits(monkeypatch, columns):
     name = "model-00001-of-00037.safetensors"
     for line in lines(Step("fetching", name, 0, 10**9, 5, 10**8), Step("fetching", name, 10**8, 10**9, 10, 10**8)):
         assert len(line) < int(columns) and "of 1.00 GB" in line
+
+
+def test_the_bar_takes_the_room_that_there_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    line = lines(*(Step("fetching", "model.safetensors", done, 10**9) for done in (0, 10**8)))[1]
+    assert "━" in line and len(line) < 80
