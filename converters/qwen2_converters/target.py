@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, Self
 
 from qwen2_local.errors import UsageError
@@ -41,7 +42,10 @@ class Target:
                 return cls("mlx", weights)
             case ["mlx", weights] if (match := _QUANTIZED.fullmatch(weights)) and match["kind"] in MLX and int(match["group"] or 64) in _GROUPS:
                 return cls("mlx", weights.removesuffix("-g64"))
-        hint = f"The targets are: gguf: {', '.join(GGUF)}; mlx: {', '.join(MLX)}, and these with -g32 or -g128."
+        meant = get_close_matches(text.strip().lower().replace("mlx-", "mlx:"), [*VALID, *GGUF, *MLX], n=1)
+        meant = [valid for valid in VALID if meant and valid.endswith(f":{meant[0].partition(':')[2] or meant[0]}")]
+        ask = f"Did you mean {' or '.join(meant)}?\n  " if meant else ""
+        hint = f"{ask}The targets are: gguf: {', '.join(GGUF)}; mlx: {', '.join(MLX)}, and the quantized ones of mlx with -g32 or -g128."
         raise UsageError(f"There is no target {text[:60]!r}.", hint=hint)
 
     def __str__(self) -> str:

@@ -79,3 +79,8 @@ def test_what_is_no_model(typed, error):
         understand(typed)
     assert caught.value.hint
     assert "secret" not in str(caught.value)
+
+
+def test_the_guide_need_not_be_fetched():
+    with pytest.raises(UsageError, match="built in"):
+        understand("guide")

@@ -10,7 +10,7 @@ from qwen2_converters.hub.preflight import converted_bytes, fits, shape_of
 from qwen2_converters.hub.repository import HubFile, Repository, check_listing, checkpoint_files, ggufs, level_of, source_hash
 from qwen2_converters.target import Target
 from qwen2_local.catalog import lookup
-from qwen2_local.errors import BadFile, UnknownModel, UnsupportedModel
+from qwen2_local.errors import BadFile, UnknownModel, UnsupportedModel, UsageError
 from qwen2_local.fit import Memory
 from qwen2_local.formats.config import parse_config
 from tests.support.checkpoints import CONFIG
@@ -215,3 +215,16 @@ def test_sizes_of_conversions_are_those_of_the_catalog():
     size = lookup("7b")[0].size
     for level, count in size.gguf_bytes.items():
         assert abs(converted_bytes(original(), Target("gguf", level)) - count) < 0.006 * GB, level
+
+
+def test_a_level_and_a_target_contradict_each_other():
+    with pytest.raises(UsageError, match="q8_0"):
+        siblings(understand("0.5b:q8_0"), "llama.cpp", [Target.parse("gguf:q4_0")], original=False)
+    assert siblings(understand("0.5b:original"), "llama.cpp", [Target.parse("gguf:q4_0")], original=False) == ["Qwen/Qwen2-0.5B-Instruct"]
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("q4_0", "gguf:q4_0?"), ("gguf:q4km", "gguf:q4_k_m?"), ("mlx-4bit", "mlx:4bit?")])
+def test_a_target_that_is_nearly_right_is_guessed(typed, meant):
+    with pytest.raises(UsageError) as caught:
+        Target.parse(typed)
+    assert f"Did you mean {meant}" in caught.value.hint

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from qwen2_converters.hub.repository import SourceName
 from qwen2_local.catalog import CATALOG, SIZES, CatalogModel, lookup, suggestions
 from qwen2_local.errors import UnknownModel, UsageError
+from qwen2_local.store import GUIDE
 
 _ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?P<id>{_ID})(?::(?P<level>[\w.-]+))?", re.ASCII)
@@ -45,6 +46,8 @@ def understand(text: str) -> Asked:
     text = text.strip()
     if not text or "\0" in text:
         raise UnknownModel("the name of a model is missing.", hint="`qwen2-local pull 7b`, say.")
+    if text.lower() == GUIDE:
+        raise UsageError(f"{GUIDE} is built in: there is nothing to fetch.", hint=f"`qwen2-local run {GUIDE}` runs it.")
     if "://" in text:
         return _address(text)
     if text.lower().startswith(tuple(f"{host}/" for host in (*_HUGGING_FACE, *_MODELSCOPE))):

@@ -66,7 +66,10 @@ class Choice:
 
 
 def siblings(asked: Asked, backend: str, targets: Sequence[Target], *, original: bool) -> list[str]:
-    """The repositories to ask the hub about, in the order of their use."""
+    """The repositories to ask the hub about, in the order of their use. Raises UsageError for a level beside what would overrule it."""
+    if (targets or original) and asked.level not in ("", ORIGINAL):
+        what = f"--to {targets[0]}" if targets else "--original"
+        raise UsageError(f"The name says :{asked.level}, but {what} starts from the original.", hint="Leave one of the two out.")
     model = asked.model
     if asked.exact or model is None:
         return [asked.where]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen2_converters.hub.repository import HubFile, Repository
+from qwen2_local.errors import BadFile
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import open_checkpoint
 
@@ -14,6 +15,8 @@ from qwen2_local.formats.checkpoint import open_checkpoint
 def look(path: Path) -> Repository:
     """A GGUF file with its other parts, or a folder, as a repository whose id is its path. Raises BadFile, UnsupportedModel."""
     path = path.resolve()
+    if not (path.is_file() or path.is_dir()):
+        raise BadFile(f"{path} is neither a plain file nor a folder.", hint="Give a GGUF file, or the folder of a model.")
     checkpoint = open_checkpoint(path) if (path / "config.json").exists() else None
     found = open_gguf(path).paths if path.is_file() else tuple(file for file in sorted(path.iterdir()) if file.is_file())
     listed = tuple(HubFile(file.name, file.stat().st_size) for file in found)
