@@ -106,7 +106,7 @@ def _text(value: Fact) -> str:
 
 
 def _size(nbytes: int) -> str:
-    return output.gigabytes(nbytes) if nbytes >= 1e6 else f"{nbytes / 1e3:.0f} KB"
+    return output.gigabytes(nbytes)
 
 
 def _as_json(path: Path, summary: Summary, with_tensors: bool, with_template: bool) -> dict[str, object]:

@@ -301,7 +301,7 @@ def test_the_page(tmp_path):
     assert "\x07" not in done.stdout
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     for line in (
-        "name A [31mred[0m name", "context 131,072", "bits per weight 10.00", "TYPE TENSORS SIZE SHARE", "Q4_K 1 1 KB 36.0%",
+        "name A [31mred[0m name", "context 131,072", "bits per weight 10.00", "TYPE TENSORS SIZE SHARE", "Q4_K 1 1 kB 36.0%",
         "tokenizer.ggml.tokens 3,000 of str: t0, t1, t2, t3, t4, t5, t6, t7 …", "TENSOR TYPE SHAPE BYTES OFFSET FILE", "{{ ']0;owned' }}",
     ):  # fmt: skip
         assert line in lines
