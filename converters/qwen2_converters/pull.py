@@ -114,7 +114,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
                 if stray.name not in listed:
                     _discard(stray)
             report(Step("publishing", kept.name, 0, 0))
-            draft.manifest = _describe(plan, kept, source, listed)
+            draft.manifest = _describe(plan, kept, source, listed, report)
     return tuple(_manifest(plan.store, model.name) for model in plan.models)
 
 
@@ -145,7 +145,7 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Seq
             assert model.target is not None
             folder = stack.enter_context(plan.store.reserve(model.name))
             file = f"{model.name.replace(':', '-')}.gguf" if model.target.format == "gguf" else ""
-            seal = partial(_seal, plan, model)
+            seal = partial(_seal, plan, model, report)
             wanted.append(Wanted(model.target, folder, file, False, lambda: None, overwrite=True, seal=seal))
         identity = plan.source_hash or f"{repository.id} {repository.revision}"
         bounded = plan.discard_source and repository.kind == "original"
@@ -167,21 +167,33 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Seq
             report(Step(step.phase, names, step.done, step.total))
 
         # Of what is on this computer, its place and time tell more.
-        make(source, wanted, Options(name=plan.title, arrivals=None if repository.is_local else fetching), advance)
+        make(source, wanted, Options(name=plan.title, url=repository.url, arrivals=None if repository.is_local else fetching), advance)
         if keep:
             fetching.finish()
 
 
-def _seal(plan: PullPlan, model: Model, _: Checkpoint, folder: Path) -> None:
+def _seal(plan: PullPlan, model: Model, report: OnProgress, _: Checkpoint, folder: Path) -> None:
     Store.unseal(folder)
-    Store.seal(folder, _describe(plan, model, folder, [path.name for path in folder.iterdir() if path.is_file()]))
+    Store.seal(folder, _describe(plan, model, folder, [path.name for path in folder.iterdir() if path.is_file()], report))
 
 
-def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str]) -> Manifest:
+def _hashed(report: OnProgress, name: str, before: int, total: int, done: int) -> None:
+    report(Step("hashing", name, before + done, total))
+
+
+def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str], report: OnProgress) -> Manifest:
     """The manifest of the files `names` in `folder`."""
     repository = plan.way.repository
     known = {file.name: file.sha256 for file in plan.way.files if file.sha256} if model.target is None else {}
-    listed = tuple(ManifestFile(name, (folder / name).stat().st_size, known.get(name) or files.sha256(folder / name)) for name in sorted(names))
+    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
+    total, before = sum(size for name, size in sizes.items() if name not in known), 0
+    listed = []
+    for name, size in sizes.items():
+        digest = known.get(name)
+        if digest is None:
+            digest = files.sha256(folder / name, partial(_hashed, report, model.name, before, total))
+            before += size
+        listed.append(ManifestFile(name, size, digest))
     kind = plan.way.format if model.target is None else model.target.format
     if kind == "gguf":
         gguf = open_gguf(min(folder / name for name in names if name.endswith(".gguf")))
@@ -194,7 +206,7 @@ def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str]) 
             f"{bits.bits}-bit" if bits else str(config.packed) if config.packed else {"bfloat16": "bf16", "float16": "f16"}.get(config.dtype, "f32")
         )
     return Manifest(
-        name=model.name, source=repository.id, revision=repository.revision, files=listed, format=kind, architecture=architecture,
+        name=model.name, source=repository.id, revision=repository.revision, files=tuple(listed), format=kind, architecture=architecture,
         quantization=quantization, licence=plan.licence.id, context=context, created=now(), source_hash=plan.source_hash,
     )  # fmt: skip
 

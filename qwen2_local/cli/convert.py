@@ -110,7 +110,7 @@ def _say(wanted: Sequence[Target], places: Sequence[Path], names: Sequence[str],
         size = sum(file.stat().st_size for file in place.iterdir() if file.name != "manifest.json") if place.is_dir() else place.stat().st_size
         if as_json:
             made: dict[str, object] = {"path": str(place.absolute()), "type": str(target), "bytes": size, "seconds": round(seconds, 2)}
-            print(json.dumps(made | ({"name": installed} if installed else {}), ensure_ascii=False))
+            print(json.dumps(made | ({"name": installed} if installed else {})))
         else:
             output.note(f"{f'{installed} is installed' if installed else place}: {output.gigabytes(size)} in {seconds:.1f} s")
 

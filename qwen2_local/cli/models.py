@@ -33,7 +33,7 @@ def ls(as_json: bool) -> None:
     guide = open_checkpoint(store.guide_folder())
     models.append({"name": store.GUIDE, "format": _BUILT_IN, "bytes": guide.weight_bytes, "context": guide.config.context})
     if as_json:
-        print(json.dumps(models, ensure_ascii=False))
+        print(json.dumps(models))
         return
     rows: list[tuple[str, ...]] = [("NAME", "FORMAT", "SIZE", "CONTEXT")]
     for model in models:
@@ -50,7 +50,7 @@ def show(model: str, as_json: bool) -> None:
     """Show what is known of MODEL: a name, or a path. Reads headers only; loads nothing."""
     facts = _facts(store.resolve(model))
     if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts))
         return
     for name, value in facts.items():
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

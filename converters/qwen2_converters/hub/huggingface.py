@@ -6,11 +6,11 @@ import os
 import re
 import time
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from qwen2_converters.hub.repository import HubFile, Repository, check_listing
 from qwen2_converters.remote import Address
-from qwen2_local.errors import FetchFailed, Offline, Qwen2LocalError, UnknownModel
+from qwen2_local.errors import FetchFailed, Offline, Qwen2LocalError, UnknownModel, UsageError
 
 _ENDPOINT = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -19,8 +19,16 @@ _TIMEOUT_S = 20.0
 
 
 def endpoint() -> str:
-    """The hub's address, or that of a mirror ($HF_ENDPOINT)."""
-    return (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
+    """The hub's address, or that of a mirror ($HF_ENDPOINT). Raises UsageError if that is no address."""
+    address = (os.environ.get("HF_ENDPOINT") or _ENDPOINT).rstrip("/")
+    try:
+        parts = urlsplit(address)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise UsageError(f"HF_ENDPOINT is {address[:100]!r}, which is no address.", hint="A mirror's looks like https://hub.example.org.")
+    return address
 
 
 def switched_off() -> bool:
@@ -37,12 +45,13 @@ def listing(id: str, revision: str = "") -> Repository:
     """
     if switched_off():
         raise Offline(f"HF_HUB_OFFLINE is set, so {id} cannot be looked up.", hint="Unset it, or pull what is in the Hugging Face cache already.")
+    address = endpoint()  # huggingface_hub reads the variable when it is imported, and fails over a bad one
     # Its own start takes half a second.
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    api = HfApi(endpoint=endpoint())
+    api = HfApi(endpoint=address)
     for left in reversed(range(_TRIES)):
         try:
             info = api.model_info(id, revision=revision or None, files_metadata=True, timeout=_TIMEOUT_S)

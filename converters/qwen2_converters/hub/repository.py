@@ -76,6 +76,12 @@ class Repository:
         """Is it a folder or file of this computer?"""
         return self.source == "local"
 
+    @property
+    def url(self) -> str:
+        """Its page; "" where it has none."""
+        base = {"huggingface": "https://huggingface.co", "modelscope": "https://modelscope.cn/models"}.get(self.source)
+        return f"{base}/{self.id}" if base else ""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufChoice:
