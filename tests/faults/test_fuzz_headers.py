@@ -168,7 +168,7 @@ def test_ghsa_7rxv_5jhh_j6xx_no_text_gets_into_llama_cpps_tokenizer():
     assert [(path.name, name) for path in sources for name in forbidden if name in path.read_text("utf-8")] == []
 
 
-@pytest.mark.parametrize("name", ["../../../../root/.bashrc", "/etc/passwd", "../x", "a/../b", "x\\..\\y", "sha256:../../x"])
+@pytest.mark.parametrize("name", ["../../../../home/.bashrc", "/etc/passwd", "../x", "a/../b", "x\\..\\y", "sha256:../../x"])
 def test_cve_2024_37032_names_that_lead_out_of_the_folder(tmp_path, name):
     """Ollama took a digest of this kind for the name of a blob's file."""
     path = tmp_path / "manifest.json"

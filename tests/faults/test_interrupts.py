@@ -132,14 +132,17 @@ def test_ctrl_c_with_json_still_gives_the_object() -> None:
     assert said["usage"]["decode_tokens_per_s"] > 0
 
 
-def test_ctrl_c_in_the_first_conversion_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_first_conversion_leaves_what_the_next_start_goes_on_with(tmp_path: Path) -> None:
     env = {"QWEN2_LOCAL_HOME": str(tmp_path)}
     process = start_pausing(env)
     assert len(leftovers(tmp_path)) == 1
     out, _ = interrupt(process)
     assert out == ""
-    assert leftovers(tmp_path) == []
     assert conversions(tmp_path) == []
+    assert len(leftovers(tmp_path)) == 1
+    assert run("run", "guide", "hi", "--max-tokens", "2", env=env).returncode == 0
+    assert len(conversions(tmp_path)) == 1
+    assert leftovers(tmp_path) == []
 
 
 def test_ctrl_c_while_stdin_is_awaited() -> None:

@@ -513,7 +513,7 @@ def test_convert_to_mlx_and_run_it(tmp_path: Path) -> None:
         ("GUIDE", ["--to", "gguf:q5_x"], 2, "q4_0"),
         ("GUIDE", [], 2, "--to"),
         ("GUIDE", ["--to", "gguf:f16", "-o", "no/such/folder/x.gguf"], 2, "no/such/folder"),
-        ("GUIDE", ["--to", "gguf:f16", "-o", "."], 2, "is a folder"),
+        ("GUIDE", ["--to", "gguf:f16", "-o", "."], 2, "is no name"),
         ("GUIDE", ["--to", "gguf:f16", "-o", "x.gguf", "--name", "x"], 2, "--name"),
         ("GUIDE", ["--to", "gguf:f16", "--name", "x", "--force"], 2, "--name"),
         ("GUIDE", ["--to", "gguf:f16", "--name", "a/b"], 2, "no name for a model"),

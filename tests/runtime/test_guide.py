@@ -1,6 +1,6 @@
 """The guide knows its subject: a part of its exam (`training/exam.py`), on llama.cpp, in 16 bits and in 4.
 
-The floors are what today's weights reach, less a little; the aim for held-out phrasings is 0.95 (`training/README.md`).
+The floors are what today's weights reach, less a little; the aim for held-out readings is 0.95 (`training/README.md`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def exam() -> Iterator[ModuleType]:
 @pytest.mark.parametrize(("name", "least"), [("guide", 0.68), ("guide:q4_0", 0.66)])
 def test_it_answers_phrasings_it_was_never_taught(exam: ModuleType, name: str, least: float) -> None:
     with Qwen2(name, backend="llama.cpp") as model:
-        right, count = exam.held_out(model, exam.corpus.load(0), most=200)
+        data = exam.corpus.load(0)
+        right, count = exam.held_out(model, data, list(exam.corpus.single_readings(data)), most=200)
     assert count >= 200
     assert right / count >= least
 
