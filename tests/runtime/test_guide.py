@@ -29,7 +29,7 @@ def exam() -> Iterator[ModuleType]:
     sys.path[:] = before
 
 
-@pytest.mark.parametrize(("name", "least"), [("guide", 0.68), ("guide:q4_0", 0.66)])
+@pytest.mark.parametrize(("name", "least"), [("guide", 0.79), ("guide:q4_0", 0.78)])
 def test_it_answers_phrasings_it_was_never_taught(exam: ModuleType, name: str, least: float) -> None:
     with Qwen2(name, backend="llama.cpp") as model:
         data = exam.corpus.load(0)
@@ -38,7 +38,7 @@ def test_it_answers_phrasings_it_was_never_taught(exam: ModuleType, name: str, l
     assert right / count >= least
 
 
-@pytest.mark.parametrize(("name", "least"), [("guide", 0.80), ("guide:q4_0", 0.77)])
+@pytest.mark.parametrize(("name", "least"), [("guide", 0.86), ("guide:q4_0", 0.84)])
 def test_it_passes_an_exam_by_somebody_who_never_saw_its_phrasings(exam: ModuleType, name: str, least: float) -> None:
     with Qwen2(name, backend="llama.cpp") as model:
         right, count = exam.blind(model)
