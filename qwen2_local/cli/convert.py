@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen2_local import files, store
+from qwen2_local.catalog import lookup
 from qwen2_local.cli import output
-from qwen2_local.errors import UsageError
+from qwen2_local.errors import UnknownModel, UsageError
 from qwen2_local.formats.checkpoint import member
 from qwen2_local.formats.config import read_config
 
@@ -59,9 +61,7 @@ def convert(
         return
     if base is not None:
         raise click.UsageError(f"--base is for adapters, and {source} is none.")
-    ref = store.resolve(source)
-    if ref.origin == "installed" and ref.format != "hf":
-        raise UsageError(f"{ref.label} is installed, so it has been converted already.", hint="Conversions start from the original folder.")
+    ref = _source(source, wanted)
     options = Options(imatrix=imatrix, pad_ffn=pad_ffn, yarn=yarn, lora=lora)
     models = store.Store()
     if name is None:
@@ -81,6 +81,24 @@ def convert(
         else:
             install_all(ref.path, list(zip(wanted, names, strict=True)), models, progress=report, options=options)
     _say(wanted, places, names, time.monotonic() - started, as_json=as_json)
+
+
+def _source(name: str, wanted: Sequence[Target]) -> store.ModelRef:
+    """The checkpoint to convert. One that is on a hub can be converted while it is fetched."""
+    original, _, _ = name.partition(":")
+    fetch = f"`qwen2-local pull {original} --to {wanted[0]}` fetches the original and converts it on the way."
+    try:
+        ref = store.resolve(name)
+    except UnknownModel as error:
+        if lookup(original):
+            raise UnknownModel(error.what, hint=fetch) from error
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", original):
+            raise UnknownModel(error.what, hint=f"If it is on a hub, {fetch}") from error
+        raise
+    if ref.origin == "installed" and ref.format != "hf":
+        hint = fetch if lookup(original) else "Conversions start from the original folder."
+        raise UsageError(f"{ref.label} is installed, so it has been converted already.", hint=hint)
+    return ref
 
 
 def _convert_adapter(

@@ -11,7 +11,7 @@ import pytest
 
 from qwen2_converters import gguf
 from qwen2_local.cli.convert import convert
-from qwen2_local.errors import Qwen2LocalError, UsageError
+from qwen2_local.errors import Qwen2LocalError, UnknownModel, UsageError
 from qwen2_local.store import Store
 from tests.support import tiny_checkpoint
 
@@ -71,3 +71,9 @@ def test_stopped_it_says_what_is_kept(source: str, tmp_path: Path, monkeypatch: 
     run(source, "--to", "gguf:q4_0", "-o", tmp_path / "out.gguf")
     run(source, "--to", "gguf:q4_0", "-o", tmp_path / "again.gguf")
     assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["7b", "7b-base:q4_k_m", "Qwen/Qwen2-7B-Instruct", "somebody/tune"])
+def test_what_is_on_a_hub_is_fetched_and_converted_by_pull(source: str, name: str) -> None:
+    with pytest.raises(UnknownModel, match=rf"qwen2-local pull {name.partition(':')[0]} --to gguf:q4_k_m"):
+        run(name, "--to", "gguf:q4_k_m")
