@@ -429,3 +429,39 @@ def test_a_pull_that_is_killed_at_any_time_gives_the_same_in_the_end(hub, tmp_pa
             assert all(one.manifest is not None and Store().get(one.name) for one in Store().list())
     assert attempt > 1, "it was hardly killed"
     assert Store().get("tune:q8_0").manifest.files[0].sha256 == right
+
+
+KILLED = """
+import os, signal, sys
+left = int(sys.argv.pop(1))
+def counted(real):
+    def call(*args, **more):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **more)
+    return call
+for name in ("write", "pwrite", "ftruncate", "fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir"):
+    setattr(os, name, counted(getattr(os, name)))
+from qwen2_local.cli import main
+main()
+"""
+
+
+def test_a_pull_that_is_killed_before_any_write_gives_the_same_in_the_end(hub, tmp_path, monkeypatch):
+    """Fetched and converted. QWEN2_LOCAL_ALL_POINTS=1 tries every write, of which there are some hundreds; else few, spread over all."""
+    right = expected(hub, tmp_path)
+    every = 1 if os.environ.get("QWEN2_LOCAL_ALL_POINTS") else 60
+    for steps in range(every // 2, 3000, every):
+        monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path / f"home-{steps}"))
+        arguments = [str(steps), "pull", TUNE, "--to", "gguf:q8_0", "--yes"]
+        done = subprocess.run([sys.executable, "-P", "-c", KILLED, *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert all(one.manifest is not None and Store().get(one.name) for one in Store().list())
+        assert pull(TUNE, targets=TO)[0].files[0].sha256 == right, steps
+        assert [path.name for path in Store().folder.iterdir() if path.name.startswith(".qwen2-")] == [], steps
+    assert done.returncode == 0 and steps > 2 * every, "it was hardly killed"
+    assert Store().get("tune:q8_0").manifest.files[0].sha256 == right
