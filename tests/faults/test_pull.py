@@ -279,6 +279,7 @@ def test_a_pull_that_is_killed_goes_on(hub, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert Store().list() == []
+    hub.faults.clear()
     done = run("pull", TUNE, "--to", "gguf:q8_0")
     assert done.returncode == 0, done.stderr
     assert Store().get("tune:q8_0").manifest.files[0].sha256 == right
