@@ -213,7 +213,7 @@ class Sampler:
         if draw < 0.12:
             return system, self._recall(language, distance=rng.choice((0, 0, 1, 1, 2, 3, 5)))
         if draw < 0.24:
-            return system, [self._repeat(language)]
+            return system, [self.repetition(language)]
         turns: list[Turn] = []
         wanted = rng.choices((1, 2, 3, 4), (0.62, 0.2, 0.1, 0.08))[0]
         while len(turns) < wanted:
@@ -230,7 +230,7 @@ class Sampler:
         size = sum(map(count, turns))
         middle: list[Turn] = []
         while size < tokens_wanted:
-            more = self._some(language) if self.rng.random() < 0.8 else [self._repeat(language)]
+            more = self._some(language) if self.rng.random() < 0.8 else [self.repetition(language)]
             size += sum(map(count, more))
             middle += more
         return SYSTEM, told + middle + asked
@@ -354,7 +354,8 @@ class Sampler:
         table = {"favourite-colour": "colours", "city": "cities"}.get(item["id"], "names" if item["kind"] == "name" else "words")
         return str(rng.choice(words[table][language]))
 
-    def _repeat(self, language: str) -> Turn:
+    def repetition(self, language: str) -> Turn:
+        """A text to repeat, and that text."""
         rng, words = self.rng, self.corpus.words
         draw = rng.random()
         if draw < 0.3:

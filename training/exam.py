@@ -1,9 +1,10 @@
 """Examine the guide: `python training/exam.py [--backend mlx] [--model guide:q4_0]`, in the project's own environment (no torch).
 
-Four parts, all answered by the program itself, greedily, as a user would get it:
+Five parts, all answered by the program itself, greedily, as a user would get it:
 - readings: single readings of the guide's patterns, which training never saw, though it saw their other readings (`corpus.single_readings`);
 - entries: phrasings held out whole, with all that could read the same (`corpus.entries`): terser, and harder;
 - blind: 100 questions written by somebody who had not seen the training phrasings (`exam/blind.toml`);
+- repeat: texts to repeat to the letter, words, sentences, numbers, nonsense;
 - recall: a name or number told at the start of a conversation of 1k, 4k and 8k tokens, and asked for at its end.
 
 A held-out reply is right if each fact of its question is in it intact, and no other question's answer is nearer to it. A blind one is right
@@ -90,6 +91,13 @@ def recall(model: Qwen2, data: corpus.Corpus, tokens: int, count: int) -> tuple[
     return right, count
 
 
+def repeat(model: Qwen2, data: corpus.Corpus, count: int) -> tuple[int, int]:
+    """How many texts are repeated to the letter, of how many."""
+    sampler = corpus.Sampler(data, 2_000_000)
+    turns = [sampler.repetition(language) for _ in range(count // 2) for language in corpus.LANGUAGES]
+    return sum(model.ask(user, max_tokens=200).strip() == reply.strip() for user, reply in turns), len(turns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="guide")
@@ -102,7 +110,8 @@ def main() -> None:
     with Qwen2(options.model, backend=options.backend) as model:
         report["backend"] = model.info.name
         readings, entries = (held_out(model, data, list(items(data))) for items in (corpus.single_readings, corpus.entries))
-        for name, (right, count) in (("readings", readings), ("entries", entries), ("blind", blind(model))):
+        parts = {"readings": readings, "entries": entries, "blind": blind(model), "repeat": repeat(model, data, 100)}
+        for name, (right, count) in parts.items():
             report[name] = {"right": right, "of": count, "share": round(right / count, 4)}
         for tokens in (1000, 4000, 7700):
             if options.recall:

@@ -46,11 +46,17 @@ def test_it_passes_an_exam_by_somebody_who_never_saw_its_phrasings(exam: ModuleT
     assert right / count >= least
 
 
-def test_it_remembers_what_it_was_told_and_repeats_what_it_is_given() -> None:
+def test_it_repeats_what_it_is_given(exam: ModuleType) -> None:
+    with Qwen2("guide") as model:
+        right, count = exam.repeat(model, exam.corpus.load(0), 60)
+    assert count == 60
+    assert right / count >= 0.75
+
+
+def test_it_remembers_what_it_was_told() -> None:
     with Qwen2("guide") as model:
         told = [Message("user", "My lucky number is 4821."), Message("assistant", "Noted, your lucky number is 4821.")]
         assert "4821" in model.respond([*told, Message("user", "What is my lucky number?")]).finish().text
-        assert "green river stone" in model.ask("Repeat this text: green river stone")
 
 
 def test_a_follow_up_takes_its_subject_from_the_turn_before() -> None:
