@@ -25,9 +25,6 @@ class Licence:
 APACHE = Licence("apache-2.0", "Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 TONGYI = Licence("tongyi-qianwen", "Tongyi Qianwen", "https://huggingface.co/Qwen/Qwen2-72B-Instruct/blob/main/LICENSE")
 
-GGUF_LEVELS = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_0", "q5_k_m", "q6_k", "q8_0", "fp16")
-"""Levels of the official GGUF repositories; the two large sizes lack some."""
-
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -62,11 +59,6 @@ class Size:
     def head_dim(self) -> int:
         """Channels of a head."""
         return self.hidden // self.heads
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes of the weights as published."""
-        return 2 * self.weights
 
     @property
     def kv_values_per_token(self) -> int:
@@ -111,10 +103,6 @@ class CatalogModel:
     def variant_repo(self, variant: str) -> str:
         """The official repository of a variant of Instruct: "GGUF", "MLX" …"""
         return f"{self.repo}-{variant}"
-
-    def gguf_file(self, level: str) -> str:
-        """The official GGUF's name, where it is one file. Large ones are NAME-split-00001-of-0000N.gguf."""
-        return f"{self.title.lower().replace('.', '_')}-{level}.gguf"
 
 
 def _gguf(*gigabytes: float) -> dict[str, int]:

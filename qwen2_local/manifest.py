@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, TypeVar, cast
 
 from qwen2_local import files
@@ -88,13 +89,23 @@ class Manifest:
         return cls(files=listed, format=cast(Format, kind), context=context, schema=schema, source_hash=source_hash, **texts)
 
 
-def list_files(folder: Path, advance: Callable[[int, int], None] = lambda _done, _total: None) -> tuple[ManifestFile, ...]:
-    """The files in `folder`, hashed, for a manifest. advance: gets the bytes that are hashed, and those of all."""
+def list_files(
+    folder: Path, advance: Callable[[int, int], None] = lambda _done, _total: None, *, known: Mapping[str, str] = MappingProxyType({})
+) -> tuple[ManifestFile, ...]:
+    """The files in `folder`, hashed, for a manifest. advance: gets the bytes that are hashed, and those of all. known: hashes by file name."""
     sizes = {path: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    total = sum(size for path, size in sizes.items() if path.name not in known)
+    before = 0
+
+    def hashed(done: int) -> None:
+        advance(before + done, total)
+
     listed: list[ManifestFile] = []
     for path, size in sizes.items():
-        before = sum(file.size for file in listed)
-        sha256 = files.sha256(path, lambda done: advance(before + done, sum(sizes.values())))  # noqa: B023
+        sha256 = known.get(path.name)
+        if sha256 is None:
+            sha256 = files.sha256(path, hashed)
+            before += size
         listed.append(ManifestFile(path.name, size, sha256))
     return tuple(listed)
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwen2_converters.fetching import Fetching, shards_folder
 from qwen2_converters.gather import gather
@@ -32,16 +32,16 @@ from qwen2_local import files, fit
 from qwen2_local.errors import BadFile, UsageError
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint, open_checkpoint
-from qwen2_local.manifest import Manifest, ManifestFile, now
+from qwen2_local.manifest import Manifest, list_files, now
 from qwen2_local.store import Store
 
 
-def pull(name: str, *, accept_licence: bool = False, progress: OnProgress | None = None, **options: object) -> tuple[Manifest, ...]:
+def pull(name: str, *, accept_licence: bool = False, progress: OnProgress | None = None, **options: Any) -> tuple[Manifest, ...]:
     """Fetches and installs the model `name`, and gives what is installed then. options: as for `prepare`.
 
     Raises what `prepare` and `carry_out` raise, and UsageError for a licence that has to be accepted.
     """
-    plan = prepare(name, **options)  # type: ignore[arg-type]
+    plan = prepare(name, **options)
     if plan.licence_to_accept and not accept_licence:
         raise UsageError(f"{plan.title} has the licence {plan.licence.name}.", hint=f"Read {plan.licence.url}, then pass accept_licence=True.")
     return carry_out(plan, progress=progress)
@@ -114,7 +114,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
                 if stray.name not in listed:
                     _discard(stray)
             report(Step("publishing", kept.name, 0, 0))
-            draft.manifest = _describe(plan, kept, source, listed, report)
+            draft.manifest = _describe(plan, kept, source, report)
     return tuple(_manifest(plan.store, model.name) for model in plan.models)
 
 
@@ -174,29 +174,17 @@ def _convert(plan: PullPlan, models: Sequence[Model], source: Path, missing: Seq
 
 def _seal(plan: PullPlan, model: Model, report: OnProgress, _: Checkpoint, folder: Path) -> None:
     Store.unseal(folder)
-    Store.seal(folder, _describe(plan, model, folder, [path.name for path in folder.iterdir() if path.is_file()], report))
+    Store.seal(folder, _describe(plan, model, folder, report))
 
 
-def _hashed(report: OnProgress, name: str, before: int, total: int, done: int) -> None:
-    report(Step("hashing", name, before + done, total))
-
-
-def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str], report: OnProgress) -> Manifest:
-    """The manifest of the files `names` in `folder`."""
+def _describe(plan: PullPlan, model: Model, folder: Path, report: OnProgress) -> Manifest:
+    """The manifest of what lies in `folder`."""
     repository = plan.way.repository
     known = {file.name: file.sha256 for file in plan.way.files if file.sha256} if model.target is None else {}
-    sizes = {name: (folder / name).stat().st_size for name in sorted(names)}
-    total, before = sum(size for name, size in sizes.items() if name not in known), 0
-    listed = []
-    for name, size in sizes.items():
-        digest = known.get(name)
-        if digest is None:
-            digest = files.sha256(folder / name, partial(_hashed, report, model.name, before, total))
-            before += size
-        listed.append(ManifestFile(name, size, digest))
+    listed = list_files(folder, lambda done, total: report(Step("hashing", model.name, done, total)), known=known)
     kind = plan.way.format if model.target is None else model.target.format
     if kind == "gguf":
-        gguf = open_gguf(min(folder / name for name in names if name.endswith(".gguf")))
+        gguf = open_gguf(min(folder.glob("*.gguf")))
         architecture, quantization, context = gguf.architecture, gguf.quantization, gguf.context
     else:
         config = open_checkpoint(folder).config
@@ -206,7 +194,7 @@ def _describe(plan: PullPlan, model: Model, folder: Path, names: Sequence[str], 
             f"{bits.bits}-bit" if bits else str(config.packed) if config.packed else {"bfloat16": "bf16", "float16": "f16"}.get(config.dtype, "f32")
         )
     return Manifest(
-        name=model.name, source=repository.id, revision=repository.revision, files=tuple(listed), format=kind, architecture=architecture,
+        name=model.name, source=repository.id, revision=repository.revision, files=listed, format=kind, architecture=architecture,
         quantization=quantization, licence=plan.licence.id, context=context, created=now(), source_hash=plan.source_hash,
     )  # fmt: skip
 

@@ -52,8 +52,6 @@ def test_names_of_the_hub():
     model = lookup("0.5b")[0]
     assert model.repo == "Qwen/Qwen2-0.5B-Instruct"
     assert model.variant_repo("GGUF") == "Qwen/Qwen2-0.5B-Instruct-GGUF"
-    assert model.gguf_file("q5_k_m") == "qwen2-0_5b-instruct-q5_k_m.gguf"
-    assert lookup("57b")[0].gguf_file("q8_0") == "qwen2-57b-a14b-instruct-q8_0.gguf"
 
 
 def test_defaults_of_instruct_and_base():
