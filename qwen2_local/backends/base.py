@@ -6,17 +6,24 @@ Adding one: a module with a class of this shape, and a line in `backends/__init_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+Mask = npt.NDArray[np.uint32]
+"""Which ids may be chosen: bit i % 32 of word i // 32 belongs to id i. [ceil(ids / 32)]; ids past its end may not."""
+
 
 @dataclass(frozen=True, slots=True)
 class BackendInfo:
-    """What was loaded. `kv_bytes_per_token` is for one sequence; `notes` are sentences a user should see once (safe mode, say)."""
+    """What was loaded.
+
+    context: the most tokens that one sequence can hold without YaRN; yarn_context: with it, 0 where the model has none (`Layout.yarn`).
+    kv_bytes_per_token: of one sequence. notes: sentences a user should see once (safe mode, say).
+    """
 
     name: str
     version: str
@@ -25,46 +32,105 @@ class BackendInfo:
     vocabulary: int
     layers: int
     kv_bytes_per_token: int
+    yarn_context: int = 0
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """How to choose the token after a row; a resolved `types.Sampling`.
+class Layout:
+    """How the memory for KV is laid out: so many sequences, each of at most `context` tokens.
 
-    uniform: in [0, 1), the row's random number. penalized: ids under the repetition penalty (each once). limit: only ids below it
-    may be chosen (a vocabulary is padded past its tokenizer).
+    yarn: positions are stretched (YaRN, Peng et al., 2023) for contexts past the model's own; it changes short texts as well.
+    """
+
+    sequences: int
+    context: int
+    yarn: bool = False
+
+
+_NONE = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How to choose the token after a token of a row; a resolved `types.Sampling`. `sampling.py` says what each means, and in what order.
+
+    limit: only ids below it may be chosen (a vocabulary is padded past its tokenizer). uniform: in [0, 1), the token's random number.
+    penalized [n] int32: ids under the repetition penalty, each once. counted [m], counts [m] int32: ids under the presence and frequency
+    penalties, each once, and how often each occurred. logit_bias: added to the logits of these ids.
+    mask: called once when the logits are there (it may have been computed meanwhile, on another thread); None allows every id.
+    top_logprobs: None for no log-probabilities, else give the chosen token's and those of so many of the likeliest.
     """
 
     limit: int
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
-    penalized: Sequence[int] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     uniform: float = 0.0
+    penalized: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
+    counted: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
+    counts: npt.NDArray[np.int32] = field(default_factory=lambda: _NONE)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    mask: Callable[[], Mask] | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A chosen token. Log-probabilities are the model's own, over the ids below the limit, before anything of `Choice` changed them.
+
+    top: (id, log-probability) of the likeliest, likeliest first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """Tokens to append to one sequence in a step.
 
-    choose: choose the token after the last one (it is not appended). logits: also give the logits, of the last token
-    ("last", shape [1, vocabulary]) or of all ("all", [len(tokens), vocabulary]).
+    choose: n choices ask for a token after each of the last n tokens (none of them is appended): one in decoding, several where drafted
+    tokens are verified. targets: as many as `tokens`, and ask how likely each was as the token after its place; only ids below `limit`
+    count. logits: give the logits, of the last token ("last", [1, vocabulary]) or of all ("all", [len(tokens), vocabulary]).
     """
 
     sequence: int
     tokens: Sequence[int]
-    choose: Choice | None = None
+    choose: Sequence[Choice] = ()
+    targets: Sequence[int] = ()
+    limit: int = 0
     logits: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class RowResult:
-    """What came of a row: the chosen token, the float32 logits, or None where not asked for."""
+class Scores:
+    """How likely each of a row's `targets` was. logprobs [n] float64; greedy [n] bool: was it the likeliest?"""
 
-    token: int | None = None
+    logprobs: npt.NDArray[np.float64]
+    greedy: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What came of a row: a chosen token for each choice, in order; scores and float32 logits, or None where not asked for."""
+
+    chosen: tuple[Chosen, ...] = ()
+    scores: Scores | None = None
     logits: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The KV of `tokens` consecutive tokens of a sequence, as bytes whose meaning is the backend's own."""
+
+    tokens: int
+    data: bytes | memoryview
 
 
 class Backend(Protocol):
@@ -76,8 +142,26 @@ class Backend(Protocol):
         ...
 
     @property
+    def layout(self) -> Layout:
+        """How the KV memory is laid out now."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal. Chunks exported under it may be imported under the same one, and no other.
+
+        It covers weights, adapter, RoPE and YaRN, the KV's type and format, whatever else changes the numbers, and the library's version;
+        not how many sequences there are, nor their context.
+        """
+        ...
+
+    @property
     def step_tokens(self) -> int:
         """The most tokens that one `step` takes, all rows together: the engine slices prefill by it."""
+        ...
+
+    def arrange(self, layout: Layout) -> None:
+        """Forget all sequences, and lay the KV memory out anew. Raises DoesNotFit (the layout is then as before, the sequences are gone)."""
         ...
 
     def open(self) -> int:
@@ -92,12 +176,27 @@ class Backend(Protocol):
         """
         ...
 
+    def fork(self, sequence: int, length: int) -> int:
+        """A new sequence that begins with the first `length` tokens of another. Raises BackendError when all are in use."""
+        ...
+
     def trim(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens of a sequence."""
         ...
 
     def free(self, sequence: int) -> None:
         """Give a sequence and its KV back."""
+        ...
+
+    def export_kv(self, sequence: int, ranges: Sequence[tuple[int, int]]) -> list[Chunk]:
+        """The KV of ranges (from, up to) of a sequence's tokens, exact. Ascending, none overlapping."""
+        ...
+
+    def import_kv(self, sequence: int, chunks: Sequence[Chunk]) -> None:
+        """Append the KV of tokens that were exported behind the same tokens, under the same fingerprint.
+
+        Raises BackendError for data of a wrong size or form; the sequence is then as before.
+        """
         ...
 
     def cancel(self) -> None:
