@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from qwen2_local import repair
-from qwen2_local.backends.base import Backend
+from qwen2_local.backends.base import Backend, Layout, LoadOptions
 from qwen2_local.errors import BackendUnavailable
 
 _BACKENDS = {
@@ -42,10 +42,9 @@ def default_backend() -> str:
     raise BackendUnavailable("No backend is installed: neither MLX nor llama.cpp.", hint=f"Run `{repair.reinstall('llama-cpp-python')}`.")
 
 
-def load(name: str, path: Path, *, context: int, sequences: int = 1) -> Backend:
-    """Load a model: a GGUF file for llama.cpp, an MLX folder for MLX.
+def load(name: str, path: Path, *, layout: Layout, options: LoadOptions) -> Backend:
+    """Load a model: a GGUF file for llama.cpp, an MLX folder for MLX. layout: how its KV memory is laid out at first.
 
-    context: the most tokens of one sequence. sequences: how many can be open at once.
     Raises BackendUnavailable, BadFile, DoesNotFit, BackendError.
     """
     if name not in _BACKENDS:
@@ -53,4 +52,4 @@ def load(name: str, path: Path, *, context: int, sequences: int = 1) -> Backend:
     if name not in available():
         command = repair.reinstall("mlx" if name == "mlx" else "llama-cpp-python")
         raise BackendUnavailable(f"The backend {name} is not installed.", hint=f"Run `{command}`.")
-    return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, context=context, sequences=sequences))
+    return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, layout=layout, options=options))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,26 @@ class Layout:
     sequences: int
     context: int
     yarn: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a backend has to know of a model beyond its files. `loading` decides it; a backend trusts it.
+
+    identity: a hash of the weights, for the fingerprint. adapter: a LoRA of the backend's own format; adapter_identity: its hash.
+    context, yarn_context: the longest that a layout will ever be, without YaRN and with it (0: never with it); for `BackendInfo`.
+    yarn_factor, yarn_original: what `Layout.yarn` switches on. A model whose own files say YaRN is always stretched, and has yarn_context 0.
+    kv_bits: 16, or 8 for a KV of half the size and a little noise.
+    """
+
+    identity: str
+    context: int
+    adapter: Path | None = None
+    adapter_identity: str = ""
+    kv_bits: int = 16
+    yarn_context: int = 0
+    yarn_factor: float = 0.0
+    yarn_original: int = 32768
 
 
 _NONE = np.empty(0, np.int32)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from qwen2_local import backends
+from qwen2_local.backends.base import Layout, LoadOptions
 from qwen2_local.errors import BackendUnavailable
+
+LAYOUT, OPTIONS = Layout(1, 16), LoadOptions("", 16)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +39,12 @@ def test_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         backends.default_backend()
     for name in backends.NAMES:
         with pytest.raises(BackendUnavailable, match="uv sync"):
-            backends.load(name, Path("model"), context=16)
+            backends.load(name, Path("model"), layout=LAYOUT, options=OPTIONS)
 
 
 def test_an_unknown_name() -> None:
     with pytest.raises(BackendUnavailable, match=r"mlx, llama\.cpp"):
-        backends.load("torch", Path("model"), context=16)
+        backends.load("torch", Path("model"), layout=LAYOUT, options=OPTIONS)
 
 
 def test_looking_imports_no_library() -> None:
