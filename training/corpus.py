@@ -55,6 +55,8 @@ class Corpus:
     words: dict[str, Any]
     openings: dict[str, list[list[str]]]
     asides: dict[str, list[str]]
+    synonyms: dict[str, list[list[str]]]
+    fixed: dict[str, list[str]]
 
     def by_id(self, id: str) -> Question:
         return next(question for question in self.questions if question.id == id)
@@ -119,7 +121,7 @@ def load(seed: int = 0) -> Corpus:
         question.follow = {language: _without(entries, held) for language, entries in question.follow.items()}
     size_words = {size: {language: table[language] for language in LANGUAGES} for size, table in sizes.items()}
     unknown = {raw["id"]: raw["answer"] for raw in merged["unknown_recall"]}
-    variation = merged["openings"], merged["asides"]
+    variation = merged["openings"], merged["asides"], merged["synonyms"], merged["fixed"]
     corpus = Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"], *variation)
     _hold_readings(corpus, seed)
     return corpus
@@ -193,6 +195,33 @@ def _of_family(family: dict[str, Any], sizes: dict[str, Any], rng: random.Random
     return questions
 
 
+class Synonyms:
+    """Words of one language that may stand for one another, and terms in which nothing is replaced."""
+
+    def __init__(self, groups: list[list[str]], fixed: list[str], language: str) -> None:
+        self.others = {word.lower(): [other for other in group if other != word] for group in groups for word in group}
+        # Longest first; by first letter, because so many alternatives at every place are slow.
+        by_letter: dict[str, list[str]] = {}
+        for word in sorted({*self.others, *fixed}, key=lambda word: (-len(word), word)):
+            by_letter.setdefault(word[0].lower(), []).append(re.escape(word[1:]))
+        words = "|".join(f"{re.escape(letter)}(?:{'|'.join(rests)})" for letter, rests in by_letter.items())
+        # Not within a name or an option such as `gguf:q4_0`, `--mlx`, `model.py`; Chinese is written without spaces.
+        before, after = (r"(?<![\w./:'{-])", r"(?![\w/'}-]|[.:]\w)") if language == "en" else (r"(?<![a-zA-Z0-9-])", r"(?![a-zA-Z0-9-])")
+        self._word = re.compile(rf"`[^`]*`|{{[^}}]*}}|{before}(?:{words}){after}", re.IGNORECASE)
+
+    def replaced(self, text: str, rng: random.Random) -> str:
+        """The text with about half of its words that have synonyms replaced by one of them."""
+
+        def other(match: re.Match[str]) -> str:
+            others = self.others.get(match[0].lower())
+            if others is None or rng.random() < 0.5:
+                return match[0]
+            word = rng.choice(others)
+            return word[:1].upper() + word[1:] if match.start() == 0 and match[0][0].isupper() else word
+
+        return self._word.sub(other, text)
+
+
 class Sampler:
     """Conversations without end, each a list of turns and a system prompt."""
 
@@ -200,6 +229,7 @@ class Sampler:
         self.corpus = corpus
         self.rng = random.Random(seed)
         self.held_out = held_forms(corpus)
+        self.synonyms = {language: Synonyms(corpus.synonyms[language], corpus.fixed[language], language) for language in LANGUAGES}
         self.known = [question for question in corpus.questions if question.id != "unknown"]
         self.unknown = corpus.by_id("unknown")
         self.of_family = [question for question in self.known if question.family]
@@ -276,10 +306,15 @@ class Sampler:
         """A reading of an entry as somebody might type it; never one of the exam, nor one of the exam with trimmings."""
         while True:
             reading = expand(entry, self.rng)
-            named = reading.replace("{size}", self.rng.choice(self.corpus.size_words[size][language])) if size else reading
+            reworded = self._reworded(reading, language)
+            named = reworded.replace("{size}", self.rng.choice(self.corpus.size_words[size][language])) if size else reworded
             text = self._typed(named, language)
-            if self.held_out.isdisjoint(_forms((reading, named, text))):
+            if self.held_out.isdisjoint(_forms((reading, reworded, named, text))):
                 return text
+
+    def _reworded(self, text: str, language: str) -> str:
+        """Half of the time with other words for the same (`guide/synonyms.toml`)."""
+        return self.synonyms[language].replaced(text, self.rng) if self.rng.random() < 0.5 else text
 
     def _typed(self, entry: str, language: str) -> str:
         rng = self.rng
