@@ -175,6 +175,20 @@ def defaults_of(hidden: int, layers: int, names: Sequence[str], *, chats: bool) 
     return Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
 
 
+def yarn_context_of(hidden: int, layers: int, context: int, names: Sequence[str], *, experts: bool, chats: bool) -> int:
+    """How far YaRN stretches a model, as its makers announced: tokens, 0 where they announced nothing. names, chats: as in `defaults_of`.
+
+    context: what its files say, which for Instruct is the context without YaRN. Qwen2.5's models of these shapes may be stretched as far.
+    """
+    if not chats and "instruct" not in " ".join(names).lower():
+        return 0
+    for size in SIZES:
+        # 7B and 57B-A14B differ by the experts alone.
+        if (size.hidden, size.layers, size.context, size.name == "57b") == (hidden, layers, context, experts):
+            return size.yarn_context or 0
+    return 0
+
+
 def how_to_get(model: CatalogModel, level: str | None = None) -> str:
     """The command that fetches a checkpoint, for a person to copy; `level`: the quantization asked for."""
     return f"`qwen2-local pull {model.name}{f':{level}' if level else ''}`."

@@ -5,6 +5,7 @@ Memory = weights + KV cache + 0.15 GB for buffers and the program. 1 GB is 1e9 b
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -37,25 +38,25 @@ def show_gb(count: int) -> str:
     return f"{-(-count // 10**8) / 10:.1f} GB"
 
 
-def kv_bytes(kv_values_per_token: int, context: int, kv_bits: int = 16) -> int:
-    """Bytes of the KV cache of one sequence. kv_values_per_token: as configs and headers give it; kv_bits: bits of each value."""
-    return -(-context * kv_values_per_token * kv_bits // 8)
+def kv_bytes(kv_values_per_token: int, context: int, kv_bits: float = 16) -> int:
+    """Bytes of the KV cache of one sequence. kv_values_per_token: as configs and headers give it; kv_bits: bits of each value, on average."""
+    return math.ceil(context * kv_values_per_token * kv_bits / 8)
 
 
-def memory_needed(weight_bytes: int, kv_values_per_token: int, context: int, kv_bits: int = 16) -> int:
-    """Bytes of memory for a model at a context of so many tokens."""
-    return weight_bytes + kv_bytes(kv_values_per_token, context, kv_bits) + OVERHEAD
+def memory_needed(weight_bytes: int, kv_values_per_token: int, context: int, kv_bits: float = 16, sequences: int = 1) -> int:
+    """Bytes of memory for a model with so many sequences of so many tokens."""
+    return weight_bytes + sequences * kv_bytes(kv_values_per_token, context, kv_bits) + OVERHEAD
 
 
-def largest_context(weight_bytes: int, kv_values_per_token: int, available: int, limit: int, kv_bits: int = 16) -> int:
+def largest_context(weight_bytes: int, kv_values_per_token: int, available: int, limit: int, kv_bits: float = 16) -> int:
     """The most tokens, up to `limit`, with which a model fits into `available` bytes: `limit`, else whole multiples of 256, or 0."""
     room = max(0, available - weight_bytes - OVERHEAD)
-    fitting = room * 8 // (kv_values_per_token * kv_bits)
+    fitting = int(room * 8 / (kv_values_per_token * kv_bits))
     return limit if fitting >= limit else fitting // _STEP * _STEP
 
 
 def require(
-    weight_bytes: int, kv_values_per_token: int, context: int, *, kv_bits: int = 16, what: str = "This model", memory: Memory | None = None
+    weight_bytes: int, kv_values_per_token: int, context: int, *, kv_bits: float = 16, what: str = "This model", memory: Memory | None = None
 ) -> None:
     """Raises DoesNotFit, with the numbers and the largest context that fits, unless the model fits into what is available now.
 

@@ -11,19 +11,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_local import backends, files, fit, paths
-from qwen2_local.backends.base import Backend
-from qwen2_local.catalog import defaults_of
+from qwen2_local.backends import Stamp
+from qwen2_local.backends.base import Backend, Layout, LoadOptions
+from qwen2_local.catalog import defaults_of, yarn_context_of
 from qwen2_local.chatml import for_chats, system_of
 from qwen2_local.errors import BadFile, DoesNotFit, UnknownModel, UsageError
-from qwen2_local.formats.check_gguf import open_gguf
+from qwen2_local.formats.check_gguf import GgufModel, open_gguf
 from qwen2_local.formats.checkpoint import member, open_checkpoint
 from qwen2_local.formats.magic import open_regular
 from qwen2_local.formats.strict_json import read_object
@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from qwen2_converters.target import Target
 
 DEFAULT_CONTEXT = 8192
-"""Tokens, where a model has as many and the caller names no other number."""
+"""Tokens that a model begins with, where it has as many and the caller names no other number."""
+
+_LEAST_CONTEXT = 256
+_LONGEST_CONTEXT = 1 << 24
 
 _MAX_JSON = 4_000_000
 _MAX_TEMPLATE = 1_000_000
@@ -52,11 +55,25 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Wish:
+    """How a model is to be loaded; see `open_model`."""
+
+    context: int | None = None
+    adapter: Path | None = None
+    kv_bits: int = 16
+    force: bool = False
+    parallel: int = 8
+    beside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A checked model, ready to load.
 
-    sampling: its own; stops: ids that end a reply; load: makes the backend (on the calling thread); notes: sentences for the user.
+    sampling: its own; stops: ids that end a reply; notes: sentences for the user.
     default_system: what its chats begin with, if they bring nothing; bos: ids that stand before plain text.
+    plan: how to load it, as plain data; load: does it on the calling thread. memory: bytes it is estimated to take; kv_memory: bytes that the KV
+    of all sequences at once may take. kv_cache: may KV be kept on the disk?
     """
 
     tokenizer: Tokenizer
@@ -66,22 +83,49 @@ class Opened:
     default_system: str | None
     bos: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    plan: backends.Plan | None = None
+    memory: int = 0
+    kv_memory: int | None = None
+    kv_cache: bool = True
 
 
-def open_model(name: str, *, backend: str | None = None, context: int | None = None, report: Report | None = None) -> Opened:
+def open_model(
+    name: str,
+    *,
+    backend: str | None = None,
+    context: int | None = None,
+    report: Report | None = None,
+    adapter: str | Path | None = None,
+    kv_bits: int = 16,
+    kv_cache: bool = True,
+    parallel: int = 8,
+    force: bool = False,
+    beside: int = 0,
+) -> Opened:
     """Find, check and, on the first use of a Hugging Face folder, convert a model.
 
+    context: the most tokens of prompt and reply together; None for what the model and the memory allow, which begins with 8,192 at most.
+    adapter: a LoRA to put on it: PEFT's folder, or one of the backend's own format. kv_bits: 16, or 8. kv_cache: keep KV on the disk.
+    parallel: how many requests at once to have memory for, if there is as much. force: also where it will not fit. beside: bytes of memory
+    that something else, not loaded yet, will take.
     Raises UnknownModel, BadFile, UnsupportedModel, BackendUnavailable, DoesNotFit, UsageError.
     """
     if context is not None and context < 1:
         raise UsageError(f"The context is {context}, but has to be at least 1 token.")
     if backend is not None and backend not in backends.NAMES:
         raise UsageError(f"There is no backend named {backend!r}.", hint=f"The backends are: {', '.join(backends.NAMES)}.")
+    if kv_bits not in (8, 16):
+        raise UsageError(f"KV is kept in 16 or 8 bits, not in {kv_bits}.")
+    if parallel < 1:
+        raise UsageError(f"{parallel} requests at once are none.", hint="Give 1 or more.")
     ref = resolve(name)
+    wish = Wish(context, None if adapter is None else Path(adapter).expanduser(), kv_bits, force, parallel, beside)
     if ref.format == "hf":
-        return _open_converted(ref, context, backend, report)
-    _require_backend(ref, backend)
-    return _open(ref, context)
+        opened = _open_converted(ref, wish, backend, report)
+    else:
+        _require_backend(ref, backend)
+        opened = _open(ref, wish)
+    return replace(opened, kv_cache=kv_cache)
 
 
 def installed_or_pulled(name: str, *, backend: str | None = None, report: Report | None = None) -> str:
@@ -96,8 +140,9 @@ def installed_or_pulled(name: str, *, backend: str | None = None, report: Report
         return pull(name, backend=backend or backends.default_backend(), progress=progress)[0].name
 
 
-def _open(ref: ModelRef, context: int | None) -> Opened:
-    return _open_gguf(ref, context) if ref.format == "gguf" else _open_mlx(ref, context)
+def _open(ref: ModelRef, wish: Wish, key: str = "") -> Opened:
+    """key: what tells a conversion from all others; "" for what is none."""
+    return _open_gguf(ref, wish, key) if ref.format == "gguf" else _open_mlx(ref, wish, key)
 
 
 def _require_backend(ref: ModelRef, backend: str | None) -> None:
@@ -107,7 +152,7 @@ def _require_backend(ref: ModelRef, backend: str | None) -> None:
         raise UsageError(f"{ref.path} is for {fitting}, not for {backend}.", hint=hint)
 
 
-def _open_gguf(ref: ModelRef, context: int | None) -> Opened:
+def _open_gguf(ref: ModelRef, wish: Wish, key: str) -> Opened:
     model = open_gguf(ref.path)
     keys, where = model.header.keys, str(ref.path)
     tokenizer = Tokenizer.from_gguf(keys, where=where)
@@ -118,13 +163,18 @@ def _open_gguf(ref: ModelRef, context: int | None) -> Opened:
     chats = for_chats(tokenizer, [end] if isinstance(end, int) else [], template)
     defaults = from_gguf(keys, tokenizer.special, fallback=defaults_of(model.hidden, model.layers, names, chats=chats), where=where)
     bos = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") is True else None
-    length = _length(context, model.context)
-    fit.require(model.weight_bytes, model.kv_values_per_token, length, what=ref.path.name)
-    load = partial(backends.load, "llama.cpp", model.paths[0], context=length)
-    return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), load, system_of(template), _control(tokenizer, [bos]))
+    native, stretched = _gguf_contexts(model, names, chats=chats)
+    shape = _Shape(model.weight_bytes, model.kv_values_per_token, 8.5 if wish.kv_bits == 8 else 16, native, stretched)
+    room = _room(shape, wish, ref.path.name)
+    weights = tuple(Stamp.of(path) for path in model.paths)
+    plan = _plan("llama.cpp", model.paths[0], shape, room, wish, _identity(ref, key, weights), weights)
+    return Opened(
+        tokenizer, defaults.sampling, frozenset(defaults.eos), plan.load, system_of(template), _control(tokenizer, [bos]),
+        room.notes, plan, room.memory, room.kv_memory,
+    )  # fmt: skip
 
 
-def _open_mlx(ref: ModelRef, context: int | None) -> Opened:
+def _open_mlx(ref: ModelRef, wish: Wish, key: str) -> Opened:
     model = open_checkpoint(ref.path)
     folder, config = model.folder, model.config
     tokenizer = Tokenizer.from_json(member(folder, "tokenizer.json"))
@@ -132,21 +182,129 @@ def _open_mlx(ref: ModelRef, context: int | None) -> Opened:
     said = _optional_json(folder, "tokenizer_config.json")
     template = _template(folder, said)
     ends = (*config.eos, *_control(tokenizer, [_named(tokenizer, said.get("eos_token"))]))
-    known = defaults_of(config.hidden, config.layers, [folder.name, ref.label], chats=for_chats(tokenizer, ends, template))
+    names, chats = [folder.name, ref.label], for_chats(tokenizer, ends, template)
+    known = defaults_of(config.hidden, config.layers, names, chats=chats)
     fallback = GenerationDefaults(known, (*ends, *_control(tokenizer, map(tokenizer.special.get, _ENDS))))
     defaults = from_config(_optional_json(folder, "generation_config.json"), fallback=fallback, where=str(folder / "generation_config.json"))
     bos = _named(tokenizer, said.get("bos_token")) if said.get("add_bos_token") is True else None
-    length = _length(context, config.context)
-    weight_bytes, kv_bits = (model.float32_bytes, 32) if fit.MLX_WIDENS else (model.weight_bytes, 16)
-    fit.require(weight_bytes, config.kv_values_per_token, length, kv_bits=kv_bits, what=folder.name)
-    load = partial(backends.load, "mlx", folder, context=length)
-    return Opened(tokenizer, defaults.sampling, frozenset(defaults.eos), load, system_of(template), _control(tokenizer, [bos]))
+    stretched = 0
+    if config.yarn is None:
+        stretched = yarn_context_of(config.hidden, config.layers, config.context, names, experts=config.moe is not None, chats=chats)
+    weight_bytes, wide = (model.float32_bytes, 32) if fit.MLX_WIDENS else (model.weight_bytes, 16)
+    shape = _Shape(weight_bytes, config.kv_values_per_token, _mlx_kv_bits(wish.kv_bits, wide, config.layers), config.context, stretched)
+    room = _room(shape, wish, folder.name)
+    weights = tuple(Stamp.of(path) for path in (folder / "config.json", *model.shards))
+    plan = _plan("mlx", folder, shape, room, wish, _identity(ref, key, weights), weights)
+    return Opened(
+        tokenizer, defaults.sampling, frozenset(defaults.eos), plan.load, system_of(template), _control(tokenizer, [bos]),
+        room.notes, plan, room.memory, room.kv_memory,
+    )  # fmt: skip
 
 
-def _length(context: int | None, longest: int) -> int:
-    if context is not None and context > longest:
-        raise UsageError(f"The context is {context:,} tokens, but this model has {longest:,}.", hint=f"Give --context {longest} or less.")
-    return context or min(longest, DEFAULT_CONTEXT)
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What decides the memory. kv_bits: of a value, on average. native, stretched: the longest contexts without YaRN, and with it or 0."""
+
+    weight_bytes: int
+    kv_values_per_token: int
+    kv_bits: float
+    native: int
+    stretched: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What memory there is for. begin: the first layout's context. context, yarn_context: as in `LoadOptions`. memory, kv_memory: as in `Opened`."""
+
+    begin: int
+    context: int
+    yarn_context: int
+    memory: int
+    kv_memory: int
+    notes: tuple[str, ...] = ()
+
+
+def _room(shape: _Shape, wish: Wish, what: str) -> _Room:
+    """The contexts that the model and the memory allow. Raises UsageError, DoesNotFit."""
+    longest = max(shape.native, shape.stretched)
+    memory = fit.machine_memory()
+    memory = replace(memory, available=max(0, memory.available - wish.beside))
+    sizes = (shape.weight_bytes, shape.kv_values_per_token)
+    notes: tuple[str, ...] = ()
+    if wish.context is not None:
+        if wish.context > longest:
+            hint = f"Give --context {longest} or less."
+            raise UsageError(f"The context is {wish.context:,} tokens, but this model has {longest:,}.", hint=hint)
+        most = wish.context
+        begin = min(most, shape.native)
+        if not wish.force:
+            fit.require(*sizes, most, kv_bits=shape.kv_bits, what=what, memory=memory)
+    else:
+        usual = begin = min(shape.native, DEFAULT_CONTEXT)
+        most = longest
+        if not wish.force:
+            # What grows unasked leaves a tenth of the memory alone.
+            most = fit.largest_context(*sizes, memory.available * 9 // 10, longest, shape.kv_bits)
+            if most < usual:
+                most = fit.largest_context(*sizes, memory.available, usual, shape.kv_bits)
+            if most < min(usual, _LEAST_CONTEXT):
+                fit.require(*sizes, usual, kv_bits=shape.kv_bits, what=what, memory=memory)
+            if most < usual:
+                begin = most
+                notes = (f"There is memory for a context of {most:,} tokens, not for the usual {usual:,}.",)
+    context = min(most, shape.native)
+    kv = fit.kv_bytes(shape.kv_values_per_token, context, shape.kv_bits)
+    spare = memory.available - shape.weight_bytes - fit.OVERHEAD
+    longest_kv = fit.kv_bytes(shape.kv_values_per_token, most, shape.kv_bits)
+    needed = fit.memory_needed(*sizes, begin, shape.kv_bits)
+    return _Room(begin, context, most if most > shape.native else 0, needed, max(longest_kv, min(wish.parallel * kv, spare * 9 // 10)), notes)
+
+
+def _gguf_contexts(model: GgufModel, names: Sequence[str], *, chats: bool) -> tuple[int, int]:
+    """The longest contexts, without YaRN and with it (0: it has none). A file that says how its RoPE is scaled is always scaled so."""
+    keys, at = model.header.keys, f"{model.architecture}.rope.scaling."
+    scaling, factor = keys.get(f"{at}type"), keys.get(f"{at}factor")
+    if scaling == "yarn" and isinstance(factor, float):
+        original = keys.get(f"{at}original_context_length") or model.context
+        assert isinstance(original, int)
+        return min(max(model.context, round(factor * original)), _LONGEST_CONTEXT), 0
+    if scaling not in (None, "none"):
+        return model.context, 0
+    experts = model.architecture == "qwen2moe"
+    return model.context, yarn_context_of(model.hidden, model.layers, model.context, names, experts=experts, chats=chats)
+
+
+def _mlx_kv_bits(asked: int, wide: int, layers: int) -> float:
+    """Bits of a value: quantized ones have a scale and a bias for 64 of them, and the first and the last layer stay as they are."""
+    if asked == 16:
+        return wide
+    plain = min(2, layers)
+    return (plain * wide + (layers - plain) * (8 + 2 * wide / 64)) / layers
+
+
+def _plan(backend: str, path: Path, shape: _Shape, room: _Room, wish: Wish, identity: str, weights: tuple[Stamp, ...]) -> backends.Plan:
+    options = LoadOptions(
+        identity=identity,
+        context=room.context,
+        kv_bits=wish.kv_bits,
+        yarn_context=room.yarn_context,
+        yarn_factor=shape.stretched / shape.native if room.yarn_context else 0.0,
+        yarn_original=shape.native,
+    )
+    return backends.Plan(backend, path, Layout(1, room.begin), options, weights)
+
+
+def _identity(ref: ModelRef, key: str, weights: Iterable[Stamp]) -> str:
+    """A hash that is another for other weights: of a conversion's key; of the manifest's hashes; else of where, how large and how old they are."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape"))
+    if key:
+        return digest.hexdigest()
+    if ref.manifest is not None:
+        what = [f"{file.sha256} {file.name}" for file in ref.manifest.files]
+    else:
+        what = [f"{stamp.path.resolve()} {stamp.size} {stamp.changed}" for stamp in weights]
+    digest.update("\n".join(what).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _optional_json(folder: Path, name: str) -> dict[str, Any]:
@@ -184,7 +342,7 @@ def _agree(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
         raise BadFile(f"{path}: the tokenizer has {tokenizer.size:,} tokens, the model only {vocabulary:,}.", hint=hint)
 
 
-def _open_converted(ref: ModelRef, context: int | None, backend: str | None, report: Report | None) -> Opened:
+def _open_converted(ref: ModelRef, wish: Wish, backend: str | None, report: Report | None) -> Opened:
     """Convert a checkpoint for a backend, once, and open the conversion; a damaged one is made anew."""
     from qwen2_converters.target import Target
 
@@ -207,13 +365,13 @@ def _open_converted(ref: ModelRef, context: int | None, backend: str | None, rep
         made = _converted(ref, target, _for_this_process(), report)
     ref = replace(ref, path=made)
     try:
-        opened = _open(ref, context)
+        opened = _open(ref, wish, made.name)
     except BadFile:
         from qwen2_converters.convert import check
 
         check(source, target)  # its own faults come first: converting it again would not mend them
         _discard(made)
-        opened = _open(replace(ref, path=_converted(replace(ref, path=source), target, made.parent, report)), context)
+        opened = _open(replace(ref, path=_converted(replace(ref, path=source), target, made.parent, report)), wish, made.name)
     return replace(opened, notes=(note,)) if note else opened
 
 

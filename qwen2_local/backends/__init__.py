@@ -9,12 +9,13 @@ import importlib
 import importlib.util
 import platform
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 from qwen2_local import repair
 from qwen2_local.backends.base import Backend, Layout, LoadOptions
-from qwen2_local.errors import BackendUnavailable
+from qwen2_local.errors import BackendUnavailable, BadFile
 
 _BACKENDS = {
     # name: (the library it needs, our module)
@@ -23,6 +24,43 @@ _BACKENDS = {
 }
 
 NAMES = tuple(_BACKENDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells that a file is still the one that was looked at. size: bytes; changed: nanoseconds."""
+
+    path: Path
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Of the file as it is now. Raises OSError."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that `load` needs of a checked model, as plain data: another process can be told. files: those that were checked."""
+
+    backend: str
+    path: Path
+    layout: Layout
+    options: LoadOptions
+    files: tuple[Stamp, ...] = ()
+
+    def load(self) -> Backend:
+        """Load it. Raises BadFile if a file is no longer what was checked, and whatever `load` does."""
+        for stamp in self.files:
+            try:
+                same = Stamp.of(stamp.path) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise BadFile(f"{stamp.path} has changed since it was checked.", hint="Load the model again.")
+        return load(self.backend, self.path, layout=self.layout, options=self.options)
 
 
 def available() -> tuple[str, ...]:

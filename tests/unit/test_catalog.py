@@ -1,6 +1,6 @@
 import pytest
 
-from qwen2_local.catalog import CATALOG, SIZES, defaults_of, lookup, suggestions
+from qwen2_local.catalog import CATALOG, SIZES, defaults_of, lookup, suggestions, yarn_context_of
 from qwen2_local.formats.checkpoint import expected_tensors, parameters
 from qwen2_local.formats.config import parse_config
 from qwen2_local.types import Sampling
@@ -89,3 +89,16 @@ def test_suggestions():
     assert suggestions("7b-bsae")[0] == "7b-base"
     assert suggestions("giude", ("guide",)) == ["guide"]
     assert suggestions("xyzzy") == []
+
+
+@pytest.mark.parametrize(("size", "stretched"), [("0.5b", 0), ("1.5b", 0), ("7b", 131072), ("57b", 65536), ("72b", 131072)])
+def test_how_far_yarn_stretches_instruct(size, stretched):
+    shape = next(one for one in SIZES if one.name == size)
+    assert yarn_context_of(shape.hidden, shape.layers, 32768, [], experts=size == "57b", chats=True) == stretched
+    assert yarn_context_of(shape.hidden, shape.layers, 32768, ["Qwen2 Instruct"], experts=size == "57b", chats=False) == stretched
+
+
+def test_yarn_stretches_nothing_that_was_not_announced():
+    assert yarn_context_of(3584, 28, 131072, [], experts=False, chats=True) == 0, "a base model, or one made for more already"
+    assert yarn_context_of(3584, 28, 32768, ["Qwen2-7B"], experts=False, chats=False) == 0
+    assert yarn_context_of(3584, 30, 32768, [], experts=False, chats=True) == 0
