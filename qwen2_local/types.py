@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,12 +22,39 @@ class Message:
     content: str
 
 
+class LogitBias(Mapping[int, float]):
+    """An immutable mapping of token ids to what is added to their logits. Unlike a dict it can be hashed."""
+
+    __slots__ = ("_of",)
+
+    def __init__(self, of: Mapping[int, float] | None = None) -> None:
+        self._of = dict(of or {})
+
+    def __getitem__(self, token: int) -> float:
+        return self._of[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._of.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._of)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. One meaning on every backend (`sampling.py` is the reference).
+    """How the next token is chosen. One meaning on every backend (`sampling.py` says it).
 
-    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. repetition_penalty: 1 is off; it counts every token of the
-    sequence, prompt included, as Hugging Face's does. seed: None draws one.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: least probability, as a part of the likeliest token's; 0 is off.
+    repetition_penalty: 1 is off; it counts every token of the sequence, prompt included, as Hugging Face's does.
+    presence_penalty, frequency_penalty: 0 is off; taken from the logits of the reply's own tokens, once and for each time they occurred,
+    as OpenAI's. penalty_window: all three look at so many of the latest tokens of prompt and reply; None: at all.
+    logit_bias: added to the logits of these token ids. seed: None draws one.
     Raises InvalidSampling for values out of range.
     """
 
@@ -35,14 +63,36 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=LogitBias)
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0, 100)
         _require("top_p", self.top_p, 0, 1, above=True)
         _require("top_k", self.top_k, 0, 1_000_000, whole=True)
         _require("repetition_penalty", self.repetition_penalty, 0, 100, above=True)
+        _require("min_p", self.min_p, 0, 1)
+        _require("presence_penalty", self.presence_penalty, -2, 2)
+        _require("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.seed is not None:
             _require("seed", self.seed, 0, 2**64 - 1, whole=True)
+        if self.penalty_window is not None:
+            _require("penalty_window", self.penalty_window, 1, 10_000_000, whole=True)
+        if type(self.logit_bias) is not LogitBias:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidSampling("logit_bias is no mapping.", hint="It maps token ids to numbers from -100 to 100.")
+            object.__setattr__(self, "logit_bias", LogitBias(self.logit_bias))
+        if len(self.logit_bias) > _MOST_BIASED:
+            raise InvalidSampling(f"logit_bias names {len(self.logit_bias):,} tokens.", hint=f"It may name {_MOST_BIASED:,}.")
+        for token, bias in self.logit_bias.items():
+            _require("logit_bias's token", token, 0, 2**31 - 1, whole=True)
+            _require(f"logit_bias[{token}]", bias, -100, 100)
+
+
+_MOST_BIASED = 4096
 
 
 def _require(name: str, value: float, low: float, high: float, *, above: bool = False, whole: bool = False) -> None:
