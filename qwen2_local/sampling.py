@@ -207,23 +207,25 @@ def _masked(scores: Logits, mask: Mask) -> Logits:
 def _draw(scores: Logits, best: int, choice: Choice) -> int:
     """A draw at a temperature. Sorting a whole vocabulary takes 20 ms, so first the likeliest thousand are tried: they nearly always decide."""
     limited = 0 < choice.top_k < scores.size
+    cut = choice.top_p < 1.0 or choice.min_p > 0.0
     total = None
     for count in (choice.top_k,) if limited else (_SHORTLIST, 16 * _SHORTLIST, scores.size):
         ids = _likeliest(scores, count)
         weights = _weights(scores[ids], scores[best], choice.temperature)
         cumulative = np.cumsum(weights)
         # All cuts keep a start of the candidates. One that falls among these settles what is kept; so does having all of them.
-        decided = limited or len(ids) < count or count >= scores.size
-        if not decided and total is None:
+        whole = limited or len(ids) < count or count >= scores.size
+        if not whole and total is None:
             total = _total(scores, ids, weights, choice.temperature)
+        mass = float(cumulative[-1]) if whole or total is None else total
         kept = int(np.count_nonzero(weights >= choice.min_p if choice.min_p else weights))
         if choice.top_p < 1.0:
-            mass = float(cumulative[-1]) if total is None or decided else total
             kept = min(kept, 1 + int(np.searchsorted(cumulative, choice.top_p * mass, side="left")))
-        decided = decided or kept < len(ids)
-        mass = float(cumulative[kept - 1]) if total is None or decided else total
+        settled = whole or kept < len(ids)
+        if settled:
+            mass = float(cumulative[kept - 1])
         index = int(np.searchsorted(cumulative[:kept], choice.uniform * mass, side="right"))
-        if decided or index < kept:
+        if settled or (index < kept and not cut):
             break
     return int(ids[min(index, kept - 1)])
 
