@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen2_local.backends import selftest
+from qwen2_local.backends.base import Layout, LoadOptions
 from qwen2_local.backends.llamacpp import LlamaCpp
 
 
-def load(path: Path, *, context: int, sequences: int) -> LlamaCpp:
+def load(path: Path, *, layout: Layout, options: LoadOptions) -> LlamaCpp:
     """Load a GGUF file, in safe mode if the library failed its self-test on this machine. Raises as `LlamaCpp.load` does."""
     verdict = selftest.verdict()
-    return LlamaCpp.load(path, context=context, sequences=sequences, safe=verdict.safe, notes=verdict.notes)
+    return LlamaCpp.load(path, layout=layout, options=options, safe=verdict.safe, notes=verdict.notes)

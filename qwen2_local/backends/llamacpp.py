@@ -3,85 +3,75 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen2_local import cpu
 from qwen2_local.backends import llamalib
-from qwen2_local.backends.base import BackendInfo, Row, RowResult
-from qwen2_local.errors import BackendError, BadFile, Cancelled, ContextOverflow, DoesNotFit, UnsupportedModel
-from qwen2_local.sampling import choose
+from qwen2_local.backends.base import BackendInfo, Chosen, Chunk, Layout, LoadOptions, Row, RowResult, Scores
+from qwen2_local.backends.llama_batch import Batch
+from qwen2_local.backends.llama_memory import Memory
+from qwen2_local.backends.llama_native import MOST_OUTPUTS, STEP_TOKENS, describe, open_adapter, open_context, open_model, state_format
+from qwen2_local.errors import BackendError, Cancelled, ContextOverflow, DoesNotFit
+from qwen2_local.sampling import choose, score
 
-STEP_TOKENS = 512
-MOST_SEQUENCES = 256
-"""llama.cpp's own limit (LLAMA_MAX_SEQ)."""
-
-_BYTES_PER_THREAD = 8 << 20
-"""Of weights. Below it threads wait for each other longer than they compute (ran: 9 MB decode no faster on two threads than on one)."""
-
+_KV_FORM = 1
+"""Counts up when the meaning of an exported chunk changes."""
 _NO_SLOT, _ABORTED, _NO_MEMORY = 1, 2, -2
 _REPORT = "Try again; if it stays, run `qwen2-local doctor`."
+_NOTHING = RowResult()
+_Span = tuple[int, int, int]
+"""Which row, its first row of logits in the batch, and how many it has."""
 
 
 class LlamaCpp:
     """A loaded GGUF model; implements `base.Backend`. A failed or cancelled step leaves every sequence as it was."""
 
-    def __init__(self, model: Any, context: Any, info: BackendInfo, sequences: int) -> None:
-        """Take ownership of a llama.cpp model and context; `load` makes them."""
+    def __init__(self, model: Any, info: BackendInfo, layout: Layout, options: LoadOptions, *, adapter: Any, threads: int | None, safe: bool) -> None:
+        """Take ownership of a llama.cpp model, whose adapter is its own; `load` makes them. Raises DoesNotFit, BackendError."""
         self._lib = llamalib.library()
-        self._model, self._context, self._info = model, context, info
-        self._memory = self._lib.llama_get_memory(context)
-        self._lengths: list[int | None] = [None] * sequences
+        self._model, self._info, self._options = model, info, options
+        self._adapter, self._threads, self._safe = adapter, threads, safe
+        self._context: Any = None
         self._stop = (ctypes.c_char * 2)()
-        llamalib.stop_when_set(context, self._stop)
-        self._tokens, self._positions, self._owners = (np.zeros(STEP_TOKENS, np.int32) for _ in range(3))
-        self._wanted = np.zeros(STEP_TOKENS, np.int8)
-        self._batch, self._kept_alive = _batch(self._lib, self._tokens, self._positions, self._owners, self._wanted)
-        self._logits = np.empty((0, info.vocabulary), np.float32)
-        self._logits_at = 0
+        self._batch = Batch(self._lib, STEP_TOKENS)
+        self._lengths: list[int | None] = []
+        self._make(layout)
 
     @classmethod
     def load(
         cls,
         path: Path,
         *,
-        context: int,
-        sequences: int = 1,
+        layout: Layout,
+        options: LoadOptions | None = None,
         threads: int | None = None,
         safe: bool = False,
         notes: tuple[str, ...] = (),
+        cancelled: Callable[[], bool] | None = None,
     ) -> LlamaCpp:
         """Load the GGUF file at `path`, which the caller has validated.
 
-        context: the most tokens of each sequence; the KV cache is made for all of them at once. threads: None is the cores of this
-        machine, fewer where a small model decodes. safe: without the CPU's special matrix code (AMX, repacked weights).
-        Raises BadFile, UnsupportedModel, DoesNotFit, BackendUnavailable.
+        options: None is a model of no known origin, whose KV is not to be shared. threads: None is the cores of this machine, fewer where a
+        small model decodes. safe: without the CPU's special matrix code (AMX, repacked weights). cancelled: asked again and again while it
+        loads. Raises BadFile, UnsupportedModel, DoesNotFit, BackendError, BackendUnavailable, Cancelled.
         """
-        if context < 1 or not 1 <= sequences <= MOST_SEQUENCES:
-            raise BackendError(f"A context of {context} tokens for {sequences} sequences cannot be made.", hint=f"Ask for 1 to {MOST_SEQUENCES}.")
+        options = options or LoadOptions("", layout.context)
         lib = llamalib.library()
         llamalib.last_errors()
-        model = _open_model(lib, path, safe)
-        params = lib.llama_context_default_params()
-        params.n_ctx = context * sequences
-        params.n_seq_max = sequences
-        params.n_batch = params.n_ubatch = STEP_TOKENS
-        params.n_threads_batch = threads or cpu.cores()
-        params.n_threads = threads or min(cpu.cores(), max(1, lib.llama_model_size(model) // _BYTES_PER_THREAD))
-        params.kv_unified = True
-        native = lib.llama_init_from_model(model, params)
-        if not native:
+        model = open_model(lib, path, safe=safe, cancelled=cancelled)
+        try:
+            adapter = open_adapter(lib, model, options.adapter) if options.adapter else None
+            return cls(model, describe(lib, model, options, notes), layout, options, adapter=adapter, threads=threads, safe=safe)
+        except BaseException:
             lib.llama_model_free(model)
-            raise DoesNotFit(
-                f"llama.cpp could not make a context of {context} tokens x {sequences} for {path.name}: {llamalib.last_errors()}",
-                hint="Choose a smaller context (--context) or a smaller model.",
-            )
-        return cls(model, native, _describe(lib, model, context, notes), sequences)
+            raise
 
     @property
     def info(self) -> BackendInfo:
@@ -89,15 +79,40 @@ class LlamaCpp:
         return self._info
 
     @property
+    def layout(self) -> Layout:
+        """How the KV memory is laid out now."""
+        return self._layout
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal; see `base.Backend.fingerprint`."""
+        return self._fingerprint
+
+    @property
     def step_tokens(self) -> int:
         """The most tokens that one `step` takes, all rows together."""
         return STEP_TOKENS
+
+    def arrange(self, layout: Layout) -> None:
+        """Forget all sequences, and lay the KV memory out anew. Raises DoesNotFit, BackendError; the layout is then as before."""
+        self._check_open()
+        before = self._layout
+        if layout == before:
+            self._memory.clear()
+            self._lengths = [None] * layout.sequences
+            return
+        self._drop_context()
+        try:
+            self._make(layout)
+        except (DoesNotFit, BackendError):
+            self._make(before)
+            raise
 
     def open(self) -> int:
         """A new empty sequence. Raises BackendError when all are in use."""
         self._check_open()
         if None not in self._lengths:
-            raise BackendError(f"All {len(self._lengths)} sequences are in use.", hint="Free one first, or load with more.")
+            raise BackendError(f"All {len(self._lengths)} sequences are in use.", hint="Free one first, or arrange for more.")
         sequence = self._lengths.index(None)
         self._lengths[sequence] = 0
         return sequence
@@ -111,20 +126,48 @@ class LlamaCpp:
         """
         self._stop[0] = b"\0"
         self._check_open()
-        count = outputs = 0
-        for row in rows:
-            start, count = count, count + len(row.tokens)
-            outputs += self._fill(row, start, count)
-        if count == 0 or (len(rows) > 1 and len({row.sequence for row in rows}) < len(rows)):
+        places = {row.sequence: place for place, row in enumerate(rows)}
+        if not rows or len(places) < len(rows):
             raise BackendError("A step needs tokens, and one row for each sequence.", hint=_REPORT)
-        self._batch.n_tokens = count
-        code = self._lib.llama_decode(self._context, self._batch)
-        if code or self._stop[0] != b"\0":
-            raise self._undone(rows, code)
-        results = self._results(rows, outputs)
+        fillers = self._fillers(rows, places) if len(rows) > 1 else ()
+        count = outputs = 0
+        spans: list[_Span] = []
+        for sequence in sorted((*places, *fillers)):  # llama.cpp computes neighbouring streams together
+            place = places.get(sequence)
+            start, count = count, count + (1 if place is None else len(rows[place].tokens))
+            if place is None:
+                self._put(start, 0, self._lengths[sequence] or 0, sequence, wanted=False)
+                continue
+            width = self._fill(rows[place], start, count)
+            if width:
+                spans.append((place, outputs, width))
+                outputs += width
+        try:
+            results = self._compute(rows, spans, count, outputs)
+        except BaseException:
+            self._cut_to_lengths(places)
+            raise
+        finally:
+            self._cut_to_lengths(fillers)
         for row in rows:
             self._lengths[row.sequence] += len(row.tokens)  # type: ignore[operator]  # _fill has checked that it is open
         return results
+
+    def fork(self, sequence: int, length: int) -> int:
+        """A new sequence that begins with the first `length` tokens of another. Raises BackendError when all are in use."""
+        present = self._length(sequence)
+        if not 0 <= length <= present:
+            raise BackendError(f"Sequence {sequence} has {present} tokens and cannot be forked at {length}.", hint=_REPORT)
+        fork = self.open()
+        try:
+            # Through memory of ours: llama.cpp's copy between streams waits for the next step, and takes the whole stream.
+            if length:
+                self._memory.append(fork, 0, self._memory.read(sequence, present, [(0, length)]))
+        except BaseException:
+            self.free(fork)
+            raise
+        self._lengths[fork] = length
+        return fork
 
     def trim(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens of a sequence."""
@@ -132,14 +175,40 @@ class LlamaCpp:
         if not 0 <= length <= present:
             raise BackendError(f"Sequence {sequence} has {present} tokens and cannot be cut to {length}.", hint=_REPORT)
         if length < present:
-            self._cut(sequence, length)
+            self._memory.cut(sequence, length)
             self._lengths[sequence] = length
 
     def free(self, sequence: int) -> None:
         """Give a sequence and its KV back."""
         self._length(sequence)
-        self._cut(sequence, 0)
+        self._memory.cut(sequence, 0)
         self._lengths[sequence] = None
+
+    def export_kv(self, sequence: int, ranges: Sequence[tuple[int, int]]) -> list[Chunk]:
+        """The KV of ranges (from, up to) of a sequence's tokens, exact. Ascending, none overlapping.
+
+        The bytes of a chunk: for the K of each layer, then for the V of each layer, a row for each token. Raises BackendError.
+        """
+        length, end = self._length(sequence), 0
+        for start, stop in ranges:
+            if not end <= start < stop <= length:
+                raise BackendError(f"Tokens {start} to {stop} of a sequence of {length} cannot be exported.", hint=_REPORT)
+            end = stop
+        parts = self._memory.read(sequence, length, ranges)
+        return [Chunk(stop - start, memoryview(part.tobytes())) for part, (start, stop) in zip(parts, ranges, strict=True)]
+
+    def import_kv(self, sequence: int, chunks: Sequence[Chunk]) -> None:
+        """Append the KV of tokens that were exported behind the same tokens, under the same fingerprint.
+
+        Raises ContextOverflow if it finds no room, BackendError for data of a wrong size or form; the sequence is then as before.
+        """
+        present = self._length(sequence)
+        parts = [self._memory.form.rows(chunk.data, chunk.tokens) for chunk in chunks]
+        after = present + sum(chunk.tokens for chunk in chunks)
+        self._check_room(after)
+        if parts:
+            self._memory.append(sequence, present, parts)
+        self._lengths[sequence] = after
 
     def cancel(self) -> None:
         """Stop the step under way, if any; see `step`. Callable from any thread."""
@@ -147,64 +216,150 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Give everything back. Idempotent."""
-        context, self._context = self._context, None
+        self._drop_context()
         model, self._model = self._model, None
-        if context:
-            self._logits = np.empty((0, 0), np.float32)  # a view of memory that goes now
-            self._lib.llama_free(context)
         if model:
             self._lib.llama_model_free(model)
 
+    def _make(self, layout: Layout) -> None:
+        """A context of this layout, and all that depends on it."""
+        self._context = open_context(self._lib, self._model, layout, self._options, adapter=self._adapter, threads=self._threads)
+        self._layout = layout
+        self._memory = Memory(self._lib, self._context, state_format(self._lib, self._model, layout, self._options))
+        self._lengths = [None] * layout.sequences
+        self._fingerprint = self._make_fingerprint()
+        self._logits = np.empty((0, self._info.vocabulary), np.float32)
+        self._logits_at = 0
+        llamalib.stop_when_set(self._context, self._stop)
+
+    def _drop_context(self) -> None:
+        context, self._context = self._context, None
+        if context:
+            self._logits = np.empty((0, 0), np.float32)  # a view of memory that goes now
+            self._lib.llama_free(context)
+
+    def _make_fingerprint(self) -> str:
+        form = self._memory.form
+        yarn = (self._options.yarn_factor, self._options.yarn_original) if self._layout.yarn else None
+        facts = {
+            "backend": [self._info.name, self._info.version, _KV_FORM, self._safe],
+            "model": [self._options.identity, self._options.adapter_identity, self._info.architecture],
+            "kv": [form.layers, form.row, form.kind, os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")],  # llama.cpp's own variable
+            "yarn": yarn,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _fillers(self, rows: Sequence[Row], places: dict[int, int]) -> Sequence[int]:
+        """Streams between those of the rows that should compute a token which nobody wants.
+
+        llama.cpp computes streams together only if there is no gap between them; a second pass over the weights costs far more than a token.
+        """
+        lowest, highest = min(places), max(places)
+        if self._memory.form.streams == 1 or highest - lowest < len(rows) or not 0 <= lowest <= highest < len(self._lengths):
+            return ()
+        gaps = [sequence for sequence in range(lowest, highest) if sequence not in places]
+        one_each = all(len(row.tokens) == 1 for row in rows)
+        return gaps if one_each and all((self._lengths[gap] or 0) < self._layout.context for gap in gaps) else ()
+
     def _fill(self, row: Row, start: int, stop: int) -> int:
-        """Write a row into the batch, checked: what reaches llama.cpp is in range. The number of its logit rows."""
+        """Write a row into the batch, checked: what reaches llama.cpp is in range. The number of its tokens whose logits are wanted."""
         length = self._length(row.sequence)
-        if stop > STEP_TOKENS or stop == start:
-            raise BackendError(f"A row of {stop - start} tokens; a step takes 1 to {STEP_TOKENS} in all.", hint=_REPORT)
-        after = length + stop - start
-        if after > self._info.context:
-            raise ContextOverflow(
-                f"{after} tokens do not fit into a context of {self._info.context}.",
-                hint="Shorten the text, start a new chat, or load the model with a larger context.",
-            )
-        if stop - start == 1:
+        count = stop - start
+        if stop > STEP_TOKENS or count == 0:
+            raise BackendError(f"A row of {count} tokens; a step takes 1 to {STEP_TOKENS} in all.", hint=_REPORT)
+        self._check_room(length + count)
+        width = self._check_wishes(row, count)
+        if count == 1:
             token = row.tokens[0]
             self._check_tokens(token, token)
-            self._tokens[start], self._positions[start], self._owners[start] = token, length, row.sequence
-            wanted = bool(row.logits) or row.choose is not None
-            self._wanted[start] = wanted
-            return int(wanted)
+            self._put(start, token, length, row.sequence, wanted=width == 1)
+            return width
         try:
             tokens = np.asarray(row.tokens, np.int64)
         except OverflowError:
             raise BackendError("A token id is too large for a number of 64 bits.", hint=_REPORT) from None
         self._check_tokens(int(tokens.min()), int(tokens.max()))
-        self._tokens[start:stop] = tokens
-        self._positions[start:stop] = np.arange(length, after)
-        self._owners[start:stop] = row.sequence
-        self._wanted[start:stop] = row.logits == "all"
-        if row.logits or row.choose is not None:
-            self._wanted[stop - 1] = 1
-        return int(np.count_nonzero(self._wanted[start:stop]))
+        batch = self._batch
+        batch.tokens[start:stop] = tokens
+        batch.positions[start:stop] = np.arange(length, length + count)
+        batch.owners[start:stop] = row.sequence
+        batch.wanted[start:stop] = 0
+        batch.wanted[stop - width : stop] = 1
+        return width
 
-    def _results(self, rows: Sequence[Row], outputs: int) -> list[RowResult]:
-        """Sample and copy logits, which lie in the order of the batch."""
-        logits = self._view(outputs) if outputs else self._logits
-        results, at = [], 0
-        for row in rows:
-            if row.choose is None and not row.logits:
-                results.append(RowResult())
-                continue
-            start, at = at, at + (len(row.tokens) if row.logits == "all" else 1)
-            token = None if row.choose is None else choose(logits[at - 1], row.choose)
-            copied = logits[start:at].copy() if row.logits else None
-            if token == -1 or (copied is not None and not np.isfinite(copied).all()):
-                self._restore(rows)
-                raise BackendError(
-                    f"The model computed values that are no numbers, at token {self._length(row.sequence) + len(row.tokens)}.",
-                    hint="Its file may be damaged: fetch or convert it again. If that does not help, run `qwen2-local doctor`.",
-                )
-            results.append(RowResult(token, copied))
+    def _put(self, at: int, token: int, position: int, sequence: int, *, wanted: bool) -> None:
+        batch = self._batch
+        batch.tokens[at], batch.positions[at], batch.owners[at], batch.wanted[at] = token, position, sequence, wanted
+
+    def _check_wishes(self, row: Row, count: int) -> int:
+        """How many of the last tokens' logits a row of `count` tokens asks for."""
+        width = len(row.choose)
+        if width > count or any(choice.limit < 1 for choice in row.choose):
+            raise BackendError(f"{width} choices after {count} tokens, each of at least one id.", hint=_REPORT)
+        if row.targets:
+            within = 1 <= row.limit <= self._info.vocabulary and min(row.targets) >= 0 and max(row.targets) < row.limit
+            if len(row.targets) != count or not within:
+                raise BackendError(f"{len(row.targets)} targets for {count} tokens, each an id below {row.limit}.", hint=_REPORT)
+            return count
+        return count if row.logits == "all" else max(width, 1) if row.logits else width
+
+    def _compute(self, rows: Sequence[Row], spans: Sequence[_Span], count: int, outputs: int) -> list[RowResult]:
+        """Decode the batch of `count` tokens, in parts of at most MOST_OUTPUTS rows of logits; the results of all rows."""
+        results = [_NOTHING] * len(rows)
+        start = done = 0
+        for stop in (count,) if outputs <= MOST_OUTPUTS else self._cuts(count):
+            code = self._lib.llama_decode(self._context, self._batch.part(start, stop))
+            if code or self._stop[0] != b"\0":
+                raise self._failure(code, count)
+            wanted = outputs if stop - start == count else int(np.count_nonzero(self._batch.wanted[start:stop]))
+            logits = self._view(wanted) if wanted else self._logits
+            for place, first, width in spans:
+                low, high = max(first, done), min(first + width, done + wanted)
+                if low < high:
+                    result = self._result(rows[place], logits[low - done : high - done], low - first, width)
+                    results[place] = result if low == first else _joined(results[place], result)
+            start, done = stop, done + wanted
         return results
+
+    def _cuts(self, count: int) -> list[int]:
+        """Where to end the parts of a batch."""
+        wanted = np.cumsum(self._batch.wanted[:count])
+        cuts = [int(np.searchsorted(wanted, most, side="right")) for most in range(MOST_OUTPUTS, int(wanted[-1]), MOST_OUTPUTS)]
+        return [*cuts, count]
+
+    def _result(self, row: Row, logits: npt.NDArray[np.float32], first: int, width: int) -> RowResult:
+        """What a row asks of these logits: those of its wanted tokens from number `first` on, of `width`."""
+        count = len(logits)
+        chosen: tuple[Chosen, ...] = ()
+        if row.choose:
+            skipped = width - len(row.choose)  # tokens whose logits are wanted, though nothing is chosen after them
+            places = range(max(first, skipped), first + count)
+            chosen = tuple(choose(logits[place - first], row.choose[place - skipped]) for place in places)
+            for place, one in zip(places, chosen, strict=True):
+                if one.token < 0:
+                    raise self._no_choice(row, logits[place - first], row.choose[place - skipped].limit, place - width)
+        if not row.targets and not row.logits:
+            return RowResult(chosen)
+        kept = logits if row.logits == "all" else logits[-1:] if row.logits and first + count == width else logits[:0]
+        if not np.isfinite(kept).all() or (row.targets and not np.isfinite(logits[:, : row.limit].max())):
+            raise self._no_numbers(row, first + count - width)
+        return RowResult(
+            chosen,
+            score(logits, row.targets[first : first + count], row.limit) if row.targets else None,
+            kept.copy() if row.logits else None,
+        )
+
+    def _no_choice(self, row: Row, logits: npt.NDArray[np.float32], limit: int, behind: int) -> BackendError:
+        """Why nothing was chosen after the token that lies so far from the row's end (below zero)."""
+        if not np.isfinite(logits[:limit].max()):
+            return self._no_numbers(row, behind + 1)
+        return BackendError("No token may come next: the mask, or the biases, rule out all of them.", hint="Loosen the schema or the biases.")
+
+    def _no_numbers(self, row: Row, behind: int) -> BackendError:
+        return BackendError(
+            f"The model computed values that are no numbers, at token {self._length(row.sequence) + len(row.tokens) + behind}.",
+            hint="Its file may be damaged: fetch or convert it again. If that does not help, run `qwen2-local doctor`.",
+        )
 
     def _view(self, outputs: int) -> npt.NDArray[np.float32]:
         """llama.cpp's logits [outputs or more, vocabulary] where they lie; making the view costs more than looking whether it still holds."""
@@ -215,33 +370,36 @@ class LlamaCpp:
             self._logits_at = address
         return self._logits
 
-    def _undone(self, rows: Sequence[Row], code: int) -> Exception:
-        """Restore the sequences after a failed step, and say what happened."""
-        self._restore(rows)
+    def _failure(self, code: int, count: int) -> Exception:
+        """What a failed step of `count` tokens means."""
         said = llamalib.last_errors()
         if code in (0, _ABORTED):
             return Cancelled("Stopped.")
         if code == _NO_SLOT:
             used = sum(length or 0 for length in self._lengths)
             return ContextOverflow(
-                f"{sum(len(row.tokens) for row in rows)} more tokens find no room in the KV cache, which holds {used}.",
+                f"{count} more tokens find no room in the KV cache, which holds {used}.",
                 hint="Free a sequence, or load the model with a larger context.",
             )
         if code == _NO_MEMORY:
             return DoesNotFit(f"llama.cpp ran out of memory in a step: {said}", hint="Choose a smaller context (--context) or a smaller model.")
         return BackendError(f"llama.cpp failed in a step with code {code}: {said}", hint=_REPORT)
 
-    def _restore(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self._cut(row.sequence, self._length(row.sequence))
-
-    def _cut(self, sequence: int, length: int) -> None:
-        if not self._lib.llama_memory_seq_rm(self._memory, sequence, length, -1):
-            raise BackendError(f"llama.cpp could not cut sequence {sequence} to {length} tokens.", hint=_REPORT)
+    def _cut_to_lengths(self, sequences: Iterable[int]) -> None:
+        """Take away what a step appended."""
+        for sequence in sequences:
+            self._memory.cut(sequence, self._lengths[sequence] or 0)
 
     def _check_open(self) -> None:
         if self._context is None:
             raise BackendError("The model is closed.", hint="Load it again.")
+
+    def _check_room(self, after: int) -> None:
+        if after > self._layout.context:
+            raise ContextOverflow(
+                f"{after} tokens do not fit into a context of {self._layout.context}.",
+                hint="Shorten the text, start a new chat, or load the model with a larger context.",
+            )
 
     def _check_tokens(self, lowest: int, highest: int) -> None:
         if lowest < 0 or highest >= self._info.vocabulary:
@@ -258,57 +416,12 @@ class LlamaCpp:
         return length
 
 
-def _open_model(lib: Any, path: Path, safe: bool) -> Any:
-    if not path.is_file():
-        raise BadFile(f"{path} is not a file.", hint="Give a GGUF file.")
-    params = lib.llama_model_default_params()
-    params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
-    params.use_extra_bufts = not safe
-    model = lib.llama_model_load_from_file(os.fsencode(path), params)
-    if model:
-        return model
-    said = llamalib.last_errors()
-    if "unknown model architecture" in said:
-        raise UnsupportedModel(f"{path.name}: {said}", hint="This program runs Qwen2 models.")
-    if "allocate" in said:
-        raise DoesNotFit(f"{path.name} does not fit into memory: {said}", hint="Choose a smaller model or quantization.")
-    raise BadFile(
-        f"llama.cpp cannot load {path.name}: {said or 'it does not say why'}",
-        hint="Fetch or convert it again.",
+def _joined(first: RowResult, second: RowResult) -> RowResult:
+    """The results of two parts of a row."""
+    scores = [one.scores for one in (first, second) if one.scores is not None]
+    logits = [one.logits for one in (first, second) if one.logits is not None]
+    return RowResult(
+        first.chosen + second.chosen,
+        Scores(np.concatenate([one.logprobs for one in scores]), np.concatenate([one.greedy for one in scores])) if scores else None,
+        np.concatenate(logits) if logits else None,
     )
-
-
-def _describe(lib: Any, model: Any, context: int, notes: tuple[str, ...]) -> BackendInfo:
-    buffer = ctypes.create_string_buffer(128)
-    lib.llama_model_meta_val_str(model, b"general.architecture", buffer, len(buffer))
-    layers = lib.llama_model_n_layer(model)
-    head = lib.llama_model_n_embd(model) // lib.llama_model_n_head(model)
-    return BackendInfo(
-        name="llama.cpp",
-        version=llamalib.version(),
-        architecture=buffer.value.decode("utf-8", "replace"),
-        context=context,
-        vocabulary=lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)),
-        layers=layers,
-        kv_bytes_per_token=layers * lib.llama_model_n_head_kv(model) * head * 2 * 2,  # keys and values, 16 bit each
-        notes=notes,
-    )
-
-
-def _batch(
-    lib: Any,
-    tokens: npt.NDArray[np.int32],
-    positions: npt.NDArray[np.int32],
-    owners: npt.NDArray[np.int32],
-    wanted: npt.NDArray[np.int8],
-) -> tuple[Any, list[object]]:
-    """A llama_batch over these arrays, each token in one sequence; and what has to live as long as it."""
-    counts = np.ones(len(tokens), np.int32)
-    # llama.cpp wants a pointer to each token's list of sequences: here, to its one entry in `owners`.
-    pointers = (owners.ctypes.data + 4 * np.arange(len(tokens))).astype(np.uintp)
-    fields: dict[str, npt.NDArray[Any]] = {"token": tokens, "pos": positions, "n_seq_id": counts, "seq_id": pointers, "logits": wanted}
-    batch = lib.llama_batch()
-    for name, array in fields.items():
-        kind = next(field[1] for field in lib.llama_batch._fields_ if field[0] == name)
-        setattr(batch, name, ctypes.cast(ctypes.c_void_p(array.ctypes.data), kind))
-    return batch, [counts, pointers, tokens, positions, owners, wanted]

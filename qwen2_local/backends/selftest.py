@@ -162,10 +162,10 @@ def _child() -> None:
 
 def _compute(model: Path, *, safe: bool) -> float:
     """Tokens per second of decoding, or 0 if the numbers are wrong."""
-    from qwen2_local.backends.base import Row
+    from qwen2_local.backends.base import Layout, Row
     from qwen2_local.backends.llamacpp import LlamaCpp
 
-    backend = LlamaCpp.load(model, context=128, safe=safe)
+    backend = LlamaCpp.load(model, layout=Layout(1, 128), safe=safe)
     sequence = backend.open()
     for tokens, expected in zip(_STEPS, _EXPECTED, strict=True):
         logits = backend.step([Row(sequence, tokens, logits="last")])[0].logits
