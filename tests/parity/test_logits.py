@@ -13,7 +13,7 @@ import pytest
 
 from qwen2_converters.convert import convert
 from qwen2_converters.target import Target
-from qwen2_local.backends.base import Backend, Row
+from qwen2_local.backends.base import Backend, Layout, LoadOptions, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.errors import UnsupportedModel
 from tests.support import random_qwen2
@@ -61,7 +61,9 @@ SEEN = 0.05
 
 
 def logits(model: Path, case: Golden) -> np.ndarray:
-    backend: Backend = LlamaCpp.load(model, context=128, threads=1) if model.suffix == ".gguf" else mlx.load(model, context=128)
+    layout = Layout(1, 128)
+    options = LoadOptions("", layout.context)
+    backend: Backend = LlamaCpp.load(model, layout=layout, threads=1) if model.suffix == ".gguf" else mlx.load(model, layout=layout, options=options)
     try:
         sequence, rows = backend.open(), []
         for start in range(0, len(case.tokens), backend.step_tokens):

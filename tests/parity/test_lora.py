@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from math import sqrt
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from qwen2_converters.adapters import convert_adapter
 from qwen2_converters.convert import Options, convert
 from qwen2_converters.target import Target
-from qwen2_local.backends.base import Row
+from qwen2_local.backends.base import Layout, LoadOptions, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.formats.config import read_config
 from tests.support import lora, tiny_checkpoint
@@ -58,12 +57,8 @@ def by_hand(folder: Path, case: str) -> tuple[Path, Path]:
 
 def adapted_logits(model: Path, adapter: Path) -> Array:
     """As llama.cpp computes them with an adapter."""
-    backend = LlamaCpp.load(model, context=64, threads=1)
-    lib = backend._lib
-    loaded = lib.llama_adapter_lora_init(backend._model, str(adapter).encode())
-    assert loaded
+    backend = LlamaCpp.load(model, layout=Layout(1, 64), options=LoadOptions("", 64, adapter), threads=1)
     try:
-        assert lib.llama_set_adapters_lora(backend._context, (lib.llama_adapter_lora_p_ctypes * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)) == 0
         result = backend.step([Row(backend.open(), TOKENS, logits="all")])[0].logits
     finally:
         backend.close()

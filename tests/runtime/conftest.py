@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2_local.backends.base import Layout
 from qwen2_local.backends.llamacpp import LlamaCpp
 from tests.support import tiny
 
@@ -17,6 +18,6 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def llama(tiny_gguf: Path) -> Iterator[LlamaCpp]:
-    backend = LlamaCpp.load(tiny_gguf, context=256, sequences=3, threads=1)
+    backend = LlamaCpp.load(tiny_gguf, layout=Layout(3, 256), threads=1)
     yield backend
     backend.close()

@@ -13,7 +13,7 @@ from tests.support.gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U32, array, 
 CHILD = """
 import sys
 from pathlib import Path
-from qwen2_local.backends.base import Row
+from qwen2_local.backends.base import Layout, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.errors import BadFile, Qwen2LocalError
 from qwen2_local.formats.check_gguf import open_gguf
@@ -26,7 +26,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         print("refused")
         continue
     try:
-        backend = LlamaCpp.load(path, context=64, threads=1)
+        backend = LlamaCpp.load(path, layout=Layout(1, 64), threads=1)
         backend.step([Row(backend.open(), [1, 2, 3], logits="last")])
         backend.close()
     except Qwen2LocalError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen2_local.backends.base import Choice, Row
+from qwen2_local.backends.base import Choice, Layout, Row
 from qwen2_local.backends.llamacpp import STEP_TOKENS, LlamaCpp
 from qwen2_local.errors import BackendError, BadFile, Cancelled, ContextOverflow
 from tests.support import tiny
@@ -79,8 +79,8 @@ def test_every_sequence_has_the_whole_context(llama: LlamaCpp) -> None:
 
 
 def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
-    backend = LlamaCpp.load(tiny.write_gguf(tmp_path / "nan.gguf", poison=True), context=64, threads=1)
-    for row in (Row(backend.open(), TOKENS, Choice(tiny.VOCABULARY)), Row(0, TOKENS, logits="all")):
+    backend = LlamaCpp.load(tiny.write_gguf(tmp_path / "nan.gguf", poison=True), layout=Layout(1, 64), threads=1)
+    for row in (Row(backend.open(), TOKENS, [Choice(tiny.VOCABULARY)]), Row(0, TOKENS, logits="all")):
         with pytest.raises(BackendError, match="no numbers"):
             backend.step([row])
     backend.close()
@@ -91,14 +91,14 @@ def test_a_bad_file(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(BadFile, match=r"bad\.gguf"):
-        LlamaCpp.load(path, context=64)
+        LlamaCpp.load(path, layout=Layout(1, 64))
     with pytest.raises(BadFile, match="not a file"):
-        LlamaCpp.load(tmp_path, context=64)
+        LlamaCpp.load(tmp_path, layout=Layout(1, 64))
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_closed_model(tiny_gguf: Path) -> None:
-    backend = LlamaCpp.load(tiny_gguf, context=64, threads=1)
+    backend = LlamaCpp.load(tiny_gguf, layout=Layout(1, 64), threads=1)
     sequence = backend.open()
     backend.close()
     for use in (backend.open, lambda: backend.step([Row(sequence, [1])]), lambda: backend.trim(sequence, 0)):
@@ -108,7 +108,7 @@ def test_a_closed_model(tiny_gguf: Path) -> None:
 
 def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
     path = tiny.write_gguf(tmp_path / "deep.gguf", width=256, layers=24, inner=1024)
-    backend = LlamaCpp.load(path, context=1024, sequences=2, threads=1)
+    backend = LlamaCpp.load(path, layout=Layout(2, 1024), threads=1)
     prompt = [int(n) for n in np.random.default_rng(2).integers(0, tiny.VOCABULARY, 480)]
     sequence, other = backend.open(), backend.open()
     backend.step([Row(sequence, TOKENS), Row(other, TOKENS)])
@@ -136,4 +136,4 @@ def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
 
 def test_cancel_between_steps_stops_nothing(llama: LlamaCpp) -> None:
     llama.cancel()
-    assert llama.step([Row(llama.open(), TOKENS, Choice(tiny.VOCABULARY))])[0].token is not None
+    assert llama.step([Row(llama.open(), TOKENS, [Choice(tiny.VOCABULARY)])])[0].chosen

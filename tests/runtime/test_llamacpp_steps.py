@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen2_local.backends.base import Choice, Row
+from qwen2_local.backends.base import Choice, Layout, Row, RowResult
 from qwen2_local.backends.llamacpp import LlamaCpp
 from tests.support import tiny
 
@@ -27,10 +27,9 @@ def all_logits(backend: LlamaCpp, tokens: list[int]) -> np.ndarray:
 def greedy(backend: LlamaCpp, sequence: int, tokens: list[int], count: int) -> list[int]:
     chosen: list[int] = []
     for _ in range(count):
-        token = backend.step([Row(sequence, tokens, Choice(tiny.VOCABULARY))])[0].token
-        assert token is not None
-        chosen.append(token)
-        tokens = [token]
+        (one,) = backend.step([Row(sequence, tokens, [Choice(tiny.VOCABULARY)])])[0].chosen
+        chosen.append(one.token)
+        tokens = [one.token]
     return chosen
 
 
@@ -73,21 +72,20 @@ def test_sequences_in_one_step_do_not_see_each_other(llama: LlamaCpp) -> None:
     expected, expected_other = all_logits(llama, TOKENS), all_logits(llama, other)
     first, second = llama.open(), llama.open()
     llama.step([Row(first, TOKENS[:10]), Row(second, other[:25])])
-    results = llama.step([Row(first, TOKENS[10:], logits="all"), Row(second, other[25:26], Choice(tiny.VOCABULARY), logits="last")])
+    results = llama.step([Row(first, TOKENS[10:], logits="all"), Row(second, other[25:26], [Choice(tiny.VOCABULARY)], logits="last")])
     np.testing.assert_allclose(results[0].logits, expected[10:], atol=CLOSE)
     np.testing.assert_allclose(results[1].logits, expected_other[25:26], atol=CLOSE)
-    assert results[0].token is None
-    assert results[1].token == int(expected_other[25].argmax())
+    assert results[0].chosen == ()
+    assert [one.token for one in results[1].chosen] == [int(expected_other[25].argmax())]
 
 
 def test_rows_without_logits_between_rows_with(llama: LlamaCpp) -> None:
     expected = all_logits(llama, TOKENS[:8])
-    rows = [Row(llama.open(), TOKENS[:8], logits="last"), Row(llama.open(), TOKENS[:5]), Row(llama.open(), TOKENS[:8], Choice(tiny.VOCABULARY))]
+    rows = [Row(llama.open(), TOKENS[:8], logits="last"), Row(llama.open(), TOKENS[:5]), Row(llama.open(), TOKENS[:8], [Choice(tiny.VOCABULARY)])]
     last, nothing, chosen = llama.step(rows)
-    assert nothing.logits is None
-    assert nothing.token is None
+    assert nothing == RowResult()
     np.testing.assert_allclose(last.logits, expected[-1:], atol=CLOSE)
-    assert chosen.token == int(expected[-1].argmax())
+    assert [one.token for one in chosen.chosen] == [int(expected[-1].argmax())]
 
 
 def test_greedy_is_the_same_every_time(llama: LlamaCpp) -> None:
@@ -102,9 +100,8 @@ def test_greedy_is_the_same_every_time(llama: LlamaCpp) -> None:
 
 def test_the_choice_has_a_limit(llama: LlamaCpp) -> None:
     best = int(all_logits(llama, TOKENS)[-1].argmax())
-    token = llama.step([Row(llama.open(), TOKENS, Choice(limit=best))])[0].token
-    assert token is not None
-    assert token < best
+    (one,) = llama.step([Row(llama.open(), TOKENS, [Choice(limit=best)])])[0].chosen
+    assert one.token < best
 
 
 def test_sequences_are_reused(llama: LlamaCpp) -> None:
@@ -127,8 +124,8 @@ def test_logits_are_a_copy(llama: LlamaCpp) -> None:
 
 @pytest.mark.parametrize("safe", [False, True])
 def test_it_says_nothing(tiny_gguf: Path, capfd: pytest.CaptureFixture[str], safe: bool) -> None:
-    backend = LlamaCpp.load(tiny_gguf, context=64, threads=2, safe=safe)
-    backend.step([Row(backend.open(), TOKENS, Choice(tiny.VOCABULARY))])
+    backend = LlamaCpp.load(tiny_gguf, layout=Layout(1, 64), threads=2, safe=safe)
+    backend.step([Row(backend.open(), TOKENS, [Choice(tiny.VOCABULARY)])])
     backend.close()
     backend.close()
     assert capfd.readouterr() == ("", "")

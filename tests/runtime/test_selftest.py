@@ -10,7 +10,7 @@ import pytest
 
 from qwen2_local import doctor
 from qwen2_local.backends import selftest, tinygguf
-from qwen2_local.backends.base import Row
+from qwen2_local.backends.base import Layout, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.backends.selftest import Verdict
 
@@ -77,7 +77,7 @@ def test_the_expected_numbers_are_those_of_32_bit_weights(tmp_path: Path) -> Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    backend = LlamaCpp.load(tmp_path / "exact.gguf", context=128)
+    backend = LlamaCpp.load(tmp_path / "exact.gguf", layout=Layout(1, 128))
     sequence = backend.open()
     for tokens, expected in zip(selftest._STEPS, selftest._EXPECTED, strict=True):
         logits = backend.step([Row(sequence, tokens, logits="last")])[0].logits

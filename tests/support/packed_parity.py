@@ -8,7 +8,7 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
-from qwen2_local.backends.base import Backend, Row
+from qwen2_local.backends.base import Backend, Layout, LoadOptions, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.formats.checkpoint import open_checkpoint
 from tests.support.random_qwen2 import Array, Weights
@@ -49,7 +49,9 @@ def logits(model: Path) -> Array:
     """Those of every one of `TOKENS`, by the backend that is for `model`."""
     from qwen2_local.backends import mlx
 
-    backend: Backend = mlx.load(model, context=64) if model.is_dir() else LlamaCpp.load(model, context=64, threads=1)
+    layout = Layout(1, 64)
+    options = LoadOptions("", layout.context)
+    backend: Backend = mlx.load(model, layout=layout, options=options) if model.is_dir() else LlamaCpp.load(model, layout=layout, threads=1)
     try:
         result = backend.step([Row(backend.open(), TOKENS, logits="all")])[0].logits
     finally:
