@@ -3,6 +3,7 @@
 Qwen2LocalError                 exit code 1
  ├─ UsageError                  2   the request itself is wrong
  │   ├─ UnknownModel
+ │   ├─ UnknownChat
  │   ├─ InvalidSampling
  │   └─ InvalidPrompt
  ├─ BadFile                     3   a file is damaged, hostile or not what it claims to be
@@ -52,6 +53,10 @@ class UsageError(Qwen2LocalError):
 
 class UnknownModel(UsageError):
     """No installed model, built-in model, file or folder has this name."""
+
+
+class UnknownChat(UsageError):
+    """No chat has this number."""
 
 
 class InvalidSampling(UsageError):

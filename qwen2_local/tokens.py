@@ -5,7 +5,9 @@ Plain text can never become a control token: the BPE engine is built from the or
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -45,6 +47,13 @@ class Tokenizer:
     def from_gguf(cls, keys: Mapping[str, object], where: str = "The GGUF file") -> Tokenizer:
         """From the `tokenizer.ggml.*` keys of a GGUF file, arrays as lists. Raises as `from_json` does; `where` names the file."""
         return cls(read_gguf(keys, where), where)
+
+    @cached_property
+    def identity(self) -> str:
+        """Hexadecimal; equal for tokenizers whose ids all mean the same, wherever they were read from."""
+        digest = hashlib.sha256("\0".join(self._base).encode())
+        digest.update(repr((sorted(self._added.items()), sorted(self.special.items()))).encode())
+        return digest.hexdigest()[:32]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, brought to NFC first if the vocabulary asks for it; `<|im_end|>` and the like count as the letters they are made of.
