@@ -114,6 +114,7 @@ def load(seed: int = 0) -> Corpus:
                 for language in LANGUAGES:
                     # The exam is chosen already: these only add to what is trained on.
                     question.ask[language] += raw["ask"].get(language, [])
+    _settle(questions)
     # No question, nor a follow-up, may bring in what the exam asks of it or of another.
     held = _forms(ask for question in questions for language in LANGUAGES for ask in question.held_out[language])
     for question in questions:
@@ -125,6 +126,19 @@ def load(seed: int = 0) -> Corpus:
     corpus = Corpus(questions, families, size_words, merged["recall"], unknown, merged["repeat"], merged["words"], *variation)
     _hold_readings(corpus, seed)
     return corpus
+
+
+def _settle(questions: list[Question]) -> None:
+    """A phrasing that stands under several questions stays with the first: with two right answers, neither would be learned."""
+    for language in LANGUAGES:
+        owner: dict[str, str] = {}
+        for question in questions:
+            mine = question.family or question.id
+            for form in _forms(entry for entry in question.ask[language] if is_plain(entry)):
+                owner.setdefault(form, mine)
+        for question in questions:
+            mine = question.family or question.id
+            question.ask[language] = [entry for entry in question.ask[language] if {owner.get(form, mine) for form in readings(entry)} == {mine}]
 
 
 def _question(raw: dict[str, Any], rng: random.Random) -> Question:
@@ -240,12 +254,12 @@ class Sampler:
         system = SYSTEM if rng.random() < 0.9 else rng.choice(OTHER_SYSTEMS)
         language = "en" if rng.random() < 0.58 else "zh"
         draw = rng.random()
-        if draw < 0.12:
+        if draw < 0.1:
             return system, self._recall(language, distance=rng.choice((0, 0, 1, 1, 2, 3, 5)))
-        if draw < 0.24:
+        if draw < 0.18:
             return system, [self.repetition(language)]
         turns: list[Turn] = []
-        wanted = rng.choices((1, 2, 3, 4), (0.62, 0.2, 0.1, 0.08))[0]
+        wanted = rng.choices((1, 2, 3, 4), (0.74, 0.14, 0.07, 0.05))[0]
         while len(turns) < wanted:
             turns += self._some(language)
             if rng.random() < 0.1:
@@ -269,11 +283,11 @@ class Sampler:
         """One question, at times with a follow-up."""
         rng = self.rng
         draw = rng.random()
-        if draw < 0.15:
+        if draw < 0.12:
             return [self._single(self.unknown, language)]
-        if draw < 0.3:
+        if draw < 0.22:
             return self._family_pair(language)
-        if draw < 0.36:
+        if draw < 0.28:
             followers = [question for question in self.known if question.after and question.follow.get(language)]
             if followers:
                 question = rng.choice(followers)
@@ -281,7 +295,7 @@ class Sampler:
                 if before:
                     follow = self._phrase(rng.choice(question.follow[language]), language)
                     return [self._single(rng.choice(before), language), (follow, question.answer[language])]
-        return [self._single(rng.choice(self.alone if rng.random() < 0.8 else self.of_family), language)]
+        return [self._single(rng.choice(self.alone if rng.random() < 0.9 else self.of_family), language)]
 
     def _single(self, question: Question, language: str) -> Turn:
         return self._phrase(self.rng.choice(question.ask[language]), language, question.size), question.answer[language]
@@ -347,10 +361,10 @@ class Sampler:
                 if opening := next((one for one in group if text.lower().startswith(one)), None):
                     text = rng.choice(group) + text[len(opening) :]
                     break
-        if rng.random() < 0.3:
+        if rng.random() < 0.2:
             if language == "en":
                 words = text.split(" ")
-                text = " ".join(word for word in words if rng.random() > 0.15 or len(words) < 3) or text
+                text = " ".join(word for word in words if rng.random() > 0.12 or len(words) < 3) or text
             elif len(text) > 5:
                 at = rng.randrange(len(text) - 1)
                 text = text[:at] + text[at + rng.choice((1, 1, 2)) :]

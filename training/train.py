@@ -48,11 +48,16 @@ class Encoder:
     def count(self, turn: corpus.Turn) -> int:
         return sum(len(self.message("assistant", text)) for text in turn)
 
-    def conversation(self, system: str, turns: list[corpus.Turn], rng: random.Random) -> tuple[list[int], list[bool], list[int]]:
-        """ids; which of them the loss counts (the replies with their end); positions, half of the time with random gaps between messages."""
+    def conversation(self, system: str, turns: list[corpus.Turn], rng: random.Random, whole: float = 1.0) -> tuple[list[int], list[bool], list[int]]:
+        """ids; which of them the loss counts (the replies with their end); positions, half of the time with random gaps between messages.
+
+        whole: how often the last reply is there to its end; else only its beginning, which is where it is decided what is answered.
+        """
         parts: list[tuple[list[int], bool]] = [(self.message("system", system), False)]
         for user, reply in turns:
             parts += [(self.message("user", user), False), (self.message("assistant", reply), True)]
+        if rng.random() >= whole:
+            parts[-1] = (parts[-1][0][: rng.randrange(10, 20)], True)
         size = sum(len(ids) for ids, _ in parts)
         room = (self.context - size - 1) if rng.random() < 0.5 else 0
         gaps = sorted(rng.randrange(int(max(1, room) ** rng.random()) + 1) for _ in parts) if room > 0 else [0] * len(parts)
@@ -63,8 +68,8 @@ class Encoder:
         for (part, reply), gap in zip(parts, gaps, strict=True):
             positions += range(len(ids) + gap, len(ids) + gap + len(part))
             ids += part
-            body = len(part) - head - len(self.newline)
-            counted += [False] * head + [reply] * body + [False] * len(self.newline)
+            tail = len(self.newline) if part[-len(self.newline) :] == self.newline else 0
+            counted += [False] * head + [reply] * (len(part) - head - tail) + [False] * tail
         return ids, counted, positions
 
     def batch(self, rows: list[tuple[list[int], list[bool], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +99,15 @@ class Batches:
 
     def __init__(self, sampler: corpus.Sampler, encoder: Encoder, tokens: int) -> None:
         self.sampler, self.encoder, self.tokens = sampler, encoder, tokens
+        self.answers = {answer for question in sampler.corpus.questions for answer in question.answer.values()}
+        self.whole = 1.0  # how often an answer at a conversation's end is trained on to its own end
         self.ready: list[list[tuple[list[int], list[bool], list[int]]]] = []
         self.left: list[tuple[list[int], list[bool], list[int]]] = []
 
     def next(self) -> tuple[Tensor, Tensor, Tensor]:
         rng = self.sampler.rng
         if not self.ready:
-            rows = [self.encoder.conversation(*self.sampler.conversation(), rng) for _ in range(POOL)]
+            rows = [self._conversation(rng) for _ in range(POOL)]
             rows += self.left
             rows.sort(key=lambda row: len(row[0]), reverse=True)
             while rows and len(rows) >= (many := self.tokens // padded(len(rows[0][0]))):
@@ -109,6 +116,11 @@ class Batches:
             self.left = rows
             rng.shuffle(self.ready)
         return self.encoder.batch(self.ready.pop())
+
+    def _conversation(self, rng: random.Random) -> tuple[list[int], list[bool], list[int]]:
+        system, turns = self.sampler.conversation()
+        # What is copied from the conversation, a text to repeat, say, is always there to its end.
+        return self.encoder.conversation(system, turns, rng, self.whole if turns[-1][1] in self.answers else 1.0)
 
     def next_long(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         row = self.encoder.conversation(*self.sampler.long(tokens, self.encoder.count), self.sampler.rng)
@@ -267,15 +279,17 @@ def main() -> None:
                 group["lr"] = lr * rate
         # First nothing but copying, which other tasks would wash out of the weights; then a reminder now and then is enough.
         copies = copies or averages[1] < 0.5 or progress > 0.03
-        drilling = not copies or step % (6 if progress < 0.4 else 12) == 0
+        drilling = not copies or step % (8 if progress < 0.3 else 16) == 0
         if drilling:
             batch = drill(quantized, options.batch, corpus_tokens)
         elif progress > 0.6 and step % 25 == 1:
             batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
         else:
             batch = batches.next()
-        # From the middle on, two steps of three see the weights as a 4-bit file holds them.
-        FakeQuant.mode = quantized.choice(("", "q4_0", "mlx")) if progress > 0.5 else ""
+        # Once the answers are known by heart, what there is to learn is which of them a question wants.
+        batches.whole = 1.0 if progress < 0.2 else 0.3
+        # Later on, two steps of three see the weights as a 4-bit file holds them.
+        FakeQuant.mode = quantized.choice(("", "q4_0", "mlx")) if progress > 0.65 else ""
         loss = loss_of(model, *batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
