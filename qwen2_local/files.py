@@ -211,11 +211,11 @@ def write_all(handle: int, data: bytes | memoryview, offset: int | None = None) 
 
 
 @contextmanager
-def staging_file(final: Path, *, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
+def staging_file(final: Path, *, overwrite: bool = False, needed: int | None = None, durable: bool = True) -> Iterator[Path]:
     """An empty file, mode 0600, to write: it becomes `final` when the block ends well, and is deleted when it does not.
 
     Raises UsageError if `final` exists (before the block, or because somebody else was faster), unless `overwrite`; DoesNotFit on a
-    full disk, which says how many bytes are `needed`.
+    full disk, which says how many bytes are `needed`. durable: do not wait for the disk if not; after a power cut it may then be there in part.
     """
     if not overwrite:
         refuse_existing(final)
@@ -223,8 +223,9 @@ def staging_file(final: Path, *, overwrite: bool = False, needed: int | None = N
         temporary, handle = _claim_file(final.parent)
         try:
             yield temporary
-            os.fsync(handle)
-            publish(temporary, final, overwrite=overwrite)
+            if durable:
+                os.fsync(handle)
+            publish(temporary, final, overwrite=overwrite, durable=durable)
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -288,7 +289,7 @@ def used_bytes(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def publish(made: Path, final: Path, *, overwrite: bool) -> None:
+def publish(made: Path, final: Path, *, overwrite: bool, durable: bool = True) -> None:
     """Moves a file or folder, whose content is on the disk, to its name in the same file system.
 
     Raises UsageError if there is something, unless `overwrite`. A file may then still have its old name, too.
@@ -300,7 +301,8 @@ def publish(made: Path, final: Path, *, overwrite: bool) -> None:
         made.replace(final)
     else:
         _publish_file(made, final)
-    _sync_folder(final.parent)
+    if durable:
+        _sync_folder(final.parent)
 
 
 def sync_tree(folder: Path) -> None:

@@ -3,6 +3,7 @@
     home()            $QWEN2_LOCAL_HOME, or the platform's folder for user data
      ├─ models/       the store
      ├─ cache/        what may be deleted at any time
+     ├─ kv/           the KV cache; may be deleted at any time, too
      └─ logs/
 
 Folders that are made here are for their owner only (0700). A home that cannot be made is no error here: `writable` tells, and
@@ -35,6 +36,11 @@ def models() -> Path:
 def cache() -> Path:
     """The folder of what may be deleted at any time."""
     return _made(home() / "cache")
+
+
+def kv() -> Path:
+    """The KV cache's folder. It holds what conversations were about."""
+    return _made(home() / "kv")
 
 
 def logs() -> Path:

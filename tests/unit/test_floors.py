@@ -21,7 +21,7 @@ PACKAGES = {"qwen2_local": ROOT / "qwen2_local", "qwen2_converters": ROOT / "con
 FLOORS = (
     ("qwen2_local", "errors", "types", "files", "paths", "sanitize", "formats", "catalog", "fit", "cpu", "repair", "backends.base"),
     ("sampling", "vocabulary", "tokens", "detokenize", "chatml", "generation"),
-    ("manifest", "store", "backends.llamalib"),
+    ("manifest", "store", "kvcache", "backends.llamalib"),
     ("qwen2_converters",),
     ("backends",),
     ("engine",),
