@@ -19,7 +19,8 @@ MOST_OUTPUTS = 128
 """Rows of logits in one `llama_decode`. Of 152,064 floats each: a scored text of 512 tokens would take 311 MB twice."""
 MOST_SEQUENCES = 256
 """llama.cpp's own limit (LLAMA_MAX_SEQ)."""
-MOST_CELLS = 2**31 - 256
+MOST_CELLS = 2**22
+"""Of all sequences together. llama.cpp takes and writes 50 bytes for each at once, before it asks for the memory of their KV."""
 
 _BYTES_PER_THREAD = 8 << 20
 """Of weights. Below it threads wait for each other longer than they compute (ran: 9 MB decode no faster on two threads than on one)."""
