@@ -6,17 +6,15 @@ Written after transformers' `modeling_qwen2` and `modeling_qwen2_moe`; the tests
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
+from qwen2_local.backends.mlx_adapter import Adapter
+from qwen2_local.backends.mlx_kv import KvFormat, LayerKv, Offsets, PlainKv, QuantizedKv, Rope
 from qwen2_local.formats.checkpoint import Checkpoint
-from qwen2_local.formats.config import MlxQuantization, Moe, Qwen2Config, Yarn
-
-KV_STEP = 256
-"""Tokens by which a KV cache grows."""
+from qwen2_local.formats.config import MlxQuantization, Moe, Qwen2Config
 
 _SORT_EXPERTS_FROM = 64
 """Pairs of token and expert from which sorting them by expert is worth it: a matrix product then reads each expert once."""
@@ -24,16 +22,24 @@ _SORT_EXPERTS_FROM = 64
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix [out, in] with an optional bias [out], plain or quantized; or such matrices stacked, one for each expert [experts, out, in]."""
+    """A matrix [out, in] with an optional bias [out], plain or quantized; or such matrices stacked, one for each expert [experts, out, in].
+
+    adapter: [in, rank] and [rank, out], whose product is added to the transposed matrix (LoRA; Hu et al., 2021).
+    """
 
     weight: mx.array
     bias: mx.array | None = None
     scales: mx.array | None = None
     zeros: mx.array | None = None
     quantization: MlxQuantization | None = None
+    adapter: tuple[mx.array, mx.array] | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """The product, [tokens, in] -> [tokens, out]."""
+        y = self._product(x)
+        return y if self.adapter is None else y + (x @ self.adapter[0]) @ self.adapter[1]
+
+    def _product(self, x: mx.array) -> mx.array:
         if self.quantization is None:
             return x @ self.weight.T if self.bias is None else mx.addmm(self.bias, x, self.weight.T)
         q = self.quantization
@@ -68,31 +74,6 @@ class Matrix:
             mode=q.mode,
             sorted_indices=ordered,
         )
-
-
-@dataclass(slots=True)
-class LayerKv:
-    """Keys and values of one sequence in one layer, [1, kv_heads, room, head_dim]. What lies past the sequence's length means nothing."""
-
-    keys: mx.array | None = None
-    values: mx.array | None = None
-
-    def write(self, start: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Put `keys` and `values` [1, kv_heads, tokens, head_dim] at position `start`; all of them from 0 on."""
-        stop = start + keys.shape[2]
-        if self.keys is None or self.values is None or self.keys.shape[2] < stop:
-            self.keys, self.values = _grown(self.keys, start, stop, keys), _grown(self.values, start, stop, values)
-        self.keys[:, :, start:stop] = keys
-        self.values[:, :, start:stop] = values
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-
-def _grown(old: mx.array | None, used: int, needed: int, like: mx.array) -> mx.array:
-    room = -(-needed // KV_STEP) * KV_STEP
-    _, heads, _, channels = like.shape
-    kept = 0 if old is None else min(used, old.shape[2])
-    empty = mx.zeros((1, heads, room - kept, channels), like.dtype)
-    return empty if old is None else mx.concatenate([old[:, :, :kept], empty], axis=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,32 +143,35 @@ class _Layer:
     o: Matrix
     mlp_norm: mx.array
     mlp: _Mlp | _Experts
+    offsets: Offsets | None
 
 
 @dataclass(frozen=True, slots=True)
 class Qwen2:
-    """A loaded model. `dtype`: of its activations and KV."""
+    """A loaded model. `dtype`: of its activations. Another `rope` makes another model of the same weights (`dataclasses.replace`)."""
 
     config: Qwen2Config
     dtype: mx.Dtype
+    kv: KvFormat
+    rope: Rope
     embedding: Matrix
     layers: Sequence[_Layer]
     norm: mx.array
     head: Matrix
-    yarn_periods: mx.array | None = field(default=None)
 
-    def hidden(self, tokens: mx.array, pieces: Sequence[Piece], after_layer: Callable[[mx.array], None]) -> mx.array:
+    def hidden(self, tokens: mx.array, pieces: Sequence[Piece], after_layer: Callable[[mx.array], None] | None = None) -> mx.array:
         """Append `tokens` [tokens] to the KV of their sequences; the last layer's output [tokens, hidden], not normalized.
 
         Lazy, as MLX is. `after_layer` gets each layer's output, and may evaluate it or raise.
         """
+        eps = self.config.rms_eps
         x = self.embedding.rows(tokens, self.dtype)
-        positions = mx.concatenate([mx.arange(p.start, p.start + p.end - p.begin, dtype=mx.int32) for p in pieces])
+        positions = mx.array([position for p in pieces for position in range(p.start, p.start + p.end - p.begin)], mx.int32)
         for index, layer in enumerate(self.layers):
-            normal = mx.fast.rms_norm(x, layer.input_norm, self.config.rms_eps)
-            x = x + layer.o(self._attention(layer, index, normal, positions, pieces))
-            x = x + layer.mlp(mx.fast.rms_norm(x, layer.mlp_norm, self.config.rms_eps))
-            after_layer(x)
+            x = x + layer.o(self._attention(layer, index, mx.fast.rms_norm(x, layer.input_norm, eps), positions, pieces))
+            x = x + layer.mlp(mx.fast.rms_norm(x, layer.mlp_norm, eps))
+            if after_layer is not None:
+                after_layer(x)
         return x
 
     def logits(self, x: mx.array) -> mx.array:
@@ -196,31 +180,26 @@ class Qwen2:
 
     def _attention(self, layer: _Layer, index: int, x: mx.array, positions: mx.array, pieces: Sequence[Piece]) -> mx.array:
         c = self.config
-        # [tokens, heads, 1, head_dim]: to RoPE each token is a sequence of one, with an offset of its own.
-        q = self._rope(layer.q(x).reshape(-1, c.heads, 1, c.head_dim), positions)
-        k = self._rope(layer.k(x).reshape(-1, c.kv_heads, 1, c.head_dim), positions)
-        v = layer.v(x).reshape(-1, c.kv_heads, 1, c.head_dim)
-        # YaRN scales queries and keys by its temperature; here their product by its square.
-        scale = _temperature(c.yarn) ** 2 / math.sqrt(c.head_dim)
+        # [tokens, heads, 1, head_dim], and for a piece [1, heads, tokens, head_dim]
+        parts = (
+            self.rope(layer.q(x).reshape(-1, c.heads, 1, c.head_dim), positions),
+            self.rope(layer.k(x).reshape(-1, c.kv_heads, 1, c.head_dim), positions),
+            layer.v(x).reshape(-1, c.kv_heads, 1, c.head_dim),
+        )
         outputs = []
         for piece in pieces:
-            # [1, heads, tokens of the piece, head_dim]
-            mine, new_keys, new_values = (part[piece.begin : piece.end].transpose(2, 1, 0, 3) for part in (q, k, v))
-            keys, values = piece.kv[index].write(piece.start, new_keys, new_values)
-            mask = "causal" if piece.end - piece.begin > 1 else None
-            y = mx.fast.scaled_dot_product_attention(mine, keys, values, scale=scale, mask=mask)
-            outputs.append(y[0].swapaxes(0, 1).reshape(-1, c.hidden))
+            mine = parts if len(pieces) == 1 else (part[piece.begin : piece.end] for part in parts)
+            queries, keys, values = mine if len(positions) == 1 else (part.transpose(2, 1, 0, 3) for part in mine)
+            kept = piece.kv[index].write(piece.start, self.kv.encode(keys, values))
+            y = self.kv.attend(queries, kept, self.rope, layer.offsets)
+            outputs.append(y.swapaxes(1, 2).reshape(-1, c.hidden))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _rope(self, x: mx.array, positions: mx.array) -> mx.array:
-        c = self.config
-        base = c.rope_theta if self.yarn_periods is None else None
-        return mx.fast.rope(x, c.head_dim, traditional=False, base=base, scale=1.0, offset=positions, freqs=self.yarn_periods)
 
-
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> Qwen2:
+def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None, *, kv_bits: int = 16, adapter: Adapter | None = None) -> Qwen2:
     """The model of a validated checkpoint, its experts stacked as MLX does. dtype: None is that of the file's floats.
 
+    kv_bits: 8, or 16 for the KV in the type of the activations. YaRN is as the checkpoint's config has it.
     Each array is in memory when this returns; packed weights stay as they are. Raises RuntimeError or MemoryError, as MLX does.
     """
     config = checkpoint.config
@@ -228,11 +207,17 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> Qwen2:
     for shard in checkpoint.shards:
         arrays.update(mx.load(str(shard)))  # type: ignore[arg-type]  # a dict, for safetensors
     own = dtype or arrays["model.norm.weight"].dtype
+    kv = QuantizedKv(config.head_dim, own) if kv_bits == 8 else PlainKv(config.head_dim, own)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    adapted = {} if adapter is None else adapter.pairs(own)
 
     def tensor(name: str) -> mx.array:
         array = arrays.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(own)
+            if on_cpu and array.ndim > 1 and name.endswith(".weight"):
+                # MLX's own matrix product on a CPU is twice as fast where a column's numbers lie together.
+                array = mx.contiguous(array.swapaxes(-1, -2)).swapaxes(-1, -2)
         # One by one, so that no second copy of the model is ever in memory.
         mx.eval(array)
         return array
@@ -240,10 +225,11 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> Qwen2:
     def matrix(name: str, *, bias: bool = False) -> Matrix:
         weight = tensor(f"{name}.weight")
         own_bias = tensor(f"{name}.bias") if bias else None
+        pair = adapted.get(name)
         if f"{name}.scales" not in arrays:
-            return Matrix(weight, own_bias)
+            return Matrix(weight, own_bias, adapter=pair)
         zeros = tensor(f"{name}.biases") if f"{name}.biases" in arrays else None
-        return Matrix(weight, own_bias, tensor(f"{name}.scales"), zeros, config.quantized.get(name, config.quantization))
+        return Matrix(weight, own_bias, tensor(f"{name}.scales"), zeros, config.quantized.get(name, config.quantization), pair)
 
     def mlp(at: str) -> _Mlp:
         return _Mlp(matrix(f"{at}.gate_proj"), matrix(f"{at}.up_proj"), matrix(f"{at}.down_proj"))
@@ -255,48 +241,31 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None) -> Qwen2:
         shared, shared_gate = mlp(f"{at}.shared_expert"), matrix(f"{at}.shared_expert_gate")
         return _Experts(config.moe, matrix(f"{at}.gate"), experts.gate, experts.up, experts.down, shared, shared_gate)
 
+    def offsets(at: str) -> Offsets:
+        biases = (tensor(f"{at}.{name}_proj.bias").astype(mx.float32).reshape(config.kv_heads, -1) for name in "kv")
+        return Offsets(*biases)
+
     def layer(at: str) -> _Layer:
+        attention = f"{at}.self_attn"
         return _Layer(
-            tensor(f"{at}.input_layernorm.weight"),
-            matrix(f"{at}.self_attn.q_proj", bias=True),
-            matrix(f"{at}.self_attn.k_proj", bias=True),
-            matrix(f"{at}.self_attn.v_proj", bias=True),
-            matrix(f"{at}.self_attn.o_proj"),
-            tensor(f"{at}.post_attention_layernorm.weight"),
-            feed_forward(f"{at}.mlp"),
+            input_norm=tensor(f"{at}.input_layernorm.weight"),
+            q=matrix(f"{attention}.q_proj", bias=True),
+            k=matrix(f"{attention}.k_proj", bias=not kv.without_biases),
+            v=matrix(f"{attention}.v_proj", bias=not kv.without_biases),
+            o=matrix(f"{attention}.o_proj"),
+            mlp_norm=tensor(f"{at}.post_attention_layernorm.weight"),
+            mlp=feed_forward(f"{at}.mlp"),
+            offsets=offsets(attention) if kv.without_biases else None,
         )
 
     embedding = matrix("model.embed_tokens")
     return Qwen2(
         config,
         own,
+        kv,
+        Rope(config, config.yarn),
         embedding,
         [layer(f"model.layers.{index}") for index in range(config.layers)],
         tensor("model.norm.weight"),
         embedding if config.tied else matrix("lm_head"),
-        None if config.yarn is None else _yarn_periods(config, config.yarn),
     )
-
-
-def _temperature(yarn: Yarn | None) -> float:
-    """YaRN's factor on queries and on keys (Peng et al., 2023, equation 22)."""
-    return 0.1 * math.log(yarn.factor) + 1 if yarn is not None and yarn.factor > 1 else 1.0
-
-
-def _yarn_periods(config: Qwen2Config, yarn: Yarn) -> mx.array:
-    """Tokens per radian of each pair of channels [head_dim / 2]: as they were where a pair turns 32 times or more within the original
-    context, `factor` times longer where it turns once or less, and a ramp between. As transformers defines it.
-    """
-    dim = config.head_dim
-
-    def pair_that_turns(times: float) -> float:
-        return dim * math.log(yarn.original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low, high = max(math.floor(pair_that_turns(32)), 0), min(math.ceil(pair_that_turns(1)), dim - 1)
-    width = high - low or 0.001
-    periods = []
-    for pair in range(dim // 2):
-        stretched = min(max((pair - low) / width, 0.0), 1.0)
-        frequency = config.rope_theta ** (-2 * pair / dim)
-        periods.append(1 / (frequency / yarn.factor * stretched + frequency * (1 - stretched)))
-    return mx.array(periods, mx.float32)

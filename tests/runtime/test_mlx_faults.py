@@ -17,7 +17,7 @@ from qwen2_local.backends.base import Choice, Row
 from qwen2_local.engine import Engine, Request, Token
 from qwen2_local.errors import BackendError, BadFile, Cancelled, ContextOverflow, DoesNotFit, UnsupportedModel
 from qwen2_local.types import Sampling
-from tests.support import random_qwen2
+from tests.support import mlx_models, random_qwen2
 
 mlx = pytest.importorskip("qwen2_local.backends.mlx")
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def backend(folder: Path) -> Iterator[Any]:
-    backend = mlx.load(folder, context=256, sequences=3)
+    backend = mlx_models.load(folder, context=256, sequences=3)
     yield backend
     backend.close()
 
@@ -73,7 +73,7 @@ def test_no_more_sequences_than_loaded_for(backend: Any) -> None:
 
 
 def test_a_step_has_one_row_per_sequence_and_a_most(folder: Path) -> None:
-    backend = mlx.load(folder, context=1024, sequences=3)
+    backend = mlx_models.load(folder, context=1024, sequences=3)
     sequence, other, third = (backend.open() for _ in range(3))
     for rows in ([Row(sequence, [1]), Row(sequence, [2])], [], [Row(s, [1] * 200) for s in (sequence, other, third)]):
         with pytest.raises(BackendError):
@@ -104,10 +104,10 @@ def test_weights_that_are_no_numbers(tmp_path: Path, tensor: str, value: float) 
     config = random_qwen2.config()
     weights = random_qwen2.weights(config, 2)
     weights[tensor][7, 7] = value
-    backend = mlx.load(random_qwen2.write_mlx(tmp_path, config, weights), context=64)
+    backend = mlx_models.load(random_qwen2.write_mlx(tmp_path, config, weights), context=64)
     sequence = backend.open()
     choices = (Choice(VOCABULARY), Choice(VOCABULARY, temperature=0.7, uniform=0.5))
-    for row in (*(Row(sequence, TOKENS, choice) for choice in choices), Row(sequence, TOKENS, logits="all")):
+    for row in (*(Row(sequence, TOKENS, [choice]) for choice in choices), Row(sequence, TOKENS, logits="all")):
         with pytest.raises(BackendError, match="no numbers, at token 32"):
             backend.step([row])
     with pytest.raises(BackendError, match="has 0 tokens"):
@@ -125,12 +125,12 @@ def test_weights_that_are_no_numbers(tmp_path: Path, tensor: str, value: float) 
 )
 def test_a_folder_that_is_no_mlx_model(tmp_path: Path, folder_of: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        mlx.load(folder_of(tmp_path), context=64)
+        mlx_models.load(folder_of(tmp_path), context=64)
 
 
 def test_a_dense_hugging_face_folder_has_the_same_layout(folder: Path, backend: Any, tmp_path: Path) -> None:
     config = random_qwen2.config()
-    plain = mlx.load(random_qwen2.write_hf(tmp_path, config, random_qwen2.weights(config, 2)), context=64)
+    plain = mlx_models.load(random_qwen2.write_hf(tmp_path, config, random_qwen2.weights(config, 2)), context=64)
     a, b = (it.step([Row(it.open(), TOKENS, logits="all")])[0].logits for it in (backend, plain))
     np.testing.assert_array_equal(a, b)
 
@@ -138,11 +138,11 @@ def test_a_dense_hugging_face_folder_has_the_same_layout(folder: Path, backend: 
 @pytest.mark.parametrize(("context", "sequences"), [(0, 1), (1, 0), (-1, 1)])
 def test_no_room_at_all(folder: Path, context: int, sequences: int) -> None:
     with pytest.raises(BackendError):
-        mlx.load(folder, context=context, sequences=sequences)
+        mlx_models.load(folder, context=context, sequences=sequences)
 
 
 def test_a_closed_model(folder: Path) -> None:
-    backend = mlx.load(folder, context=64)
+    backend = mlx_models.load(folder, context=64)
     sequence = backend.open()
     backend.close()
     backend.close()
@@ -184,7 +184,7 @@ def test_what_mlx_raises_in_a_step_costs_the_sequences_of_the_step_alone(
 
 def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
     config = random_qwen2.config(hidden_size=256, num_hidden_layers=12, intermediate_size=1024)
-    backend = mlx.load(random_qwen2.write_mlx(tmp_path, config, random_qwen2.weights(config, 3)), context=1024, sequences=2)
+    backend = mlx_models.load(random_qwen2.write_mlx(tmp_path, config, random_qwen2.weights(config, 3)), context=1024, sequences=2)
     prompt = [int(n) for n in np.random.RandomState(2).randint(0, VOCABULARY, backend.step_tokens)]
     sequence, other = backend.open(), backend.open()
     backend.step([Row(sequence, TOKENS), Row(other, TOKENS)])
@@ -211,13 +211,13 @@ def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
 
 def test_cancel_between_steps_stops_nothing(backend: Any) -> None:
     backend.cancel()
-    assert backend.step([Row(backend.open(), TOKENS, Choice(VOCABULARY))])[0].token is not None
+    assert backend.step([Row(backend.open(), TOKENS, [Choice(VOCABULARY)])])[0].chosen[0].token >= 0
 
 
 def test_a_slow_model_takes_small_steps(tmp_path: Path) -> None:
     """A layer of a step must not keep a cancel waiting."""
     config = random_qwen2.config(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
-    backend = mlx.load(random_qwen2.write_mlx(tmp_path, config, random_qwen2.weights(config, 0), bits=4), context=1024)
+    backend = mlx_models.load(random_qwen2.write_mlx(tmp_path, config, random_qwen2.weights(config, 0), bits=4), context=1024)
     assert 1 <= backend.step_tokens < 100
 
 
@@ -227,8 +227,8 @@ def test_mlx_lm_is_never_imported(folder: Path) -> None:
 import sys
 from pathlib import Path
 from qwen2_local import backends
-from qwen2_local.backends.base import Row
-backend = backends.load("mlx", Path({str(folder)!r}), context=64)
+from qwen2_local.backends.base import Layout, LoadOptions, Row
+backend = backends.load("mlx", Path({str(folder)!r}), layout=Layout(1, 64), options=LoadOptions("x", 64))
 backend.step([Row(backend.open(), [1, 2], logits="last")])
 assert not {{"mlx_lm", "mlx.nn", "transformers", "llama_cpp"}} & set(sys.modules)
 """
@@ -237,7 +237,7 @@ assert not {{"mlx_lm", "mlx.nn", "transformers", "llama_cpp"}} & set(sys.modules
 
 def test_the_engine_drives_it_on_its_own_thread(folder: Path) -> None:
     """MLX's arrays belong to a thread: loading, steps, a cancel and closing have to come together there."""
-    engine = Engine(lambda: mlx.load(folder, context=512))
+    engine = Engine(lambda: mlx_models.load(folder, context=512))
     request = Request(tuple(TOKENS), Sampling(temperature=0.8, seed=1), frozenset(), VOCABULARY, max_tokens=12)
 
     def reply() -> list[int]:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2_local.backends.base import Choice, Row
+from qwen2_local.backends.base import Choice, Row, RowResult
 from qwen2_local.sampling import choose, uniform
-from tests.support import random_qwen2
+from tests.support import mlx_models, random_qwen2
 
 mlx = pytest.importorskip("qwen2_local.backends.mlx")
 
@@ -36,7 +36,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def backend(folder: Path) -> Iterator[Any]:
-    backend = mlx.load(folder, context=512, sequences=3)
+    backend = mlx_models.load(folder, context=512, sequences=3)
     yield backend
     backend.close()
 
@@ -46,6 +46,11 @@ def all_logits(backend: Any, tokens: list[int]) -> np.ndarray:
     logits: np.ndarray = backend.step([Row(sequence, tokens, logits="all")])[0].logits
     backend.free(sequence)
     return logits
+
+
+def token_of(result: RowResult) -> int:
+    (chosen,) = result.chosen
+    return chosen.token
 
 
 def test_logits_depend_on_the_tokens(backend: Any) -> None:
@@ -95,21 +100,21 @@ def test_sequences_in_one_step_do_not_see_each_other(backend: Any) -> None:
     expected, expected_other = all_logits(backend, TOKENS), all_logits(backend, other)
     first, second = backend.open(), backend.open()
     backend.step([Row(first, TOKENS[:10]), Row(second, other[:25])])
-    results = backend.step([Row(first, TOKENS[10:], logits="all"), Row(second, other[25:26], Choice(VOCABULARY), logits="last")])
+    results = backend.step([Row(first, TOKENS[10:], logits="all"), Row(second, other[25:26], [Choice(VOCABULARY)], logits="last")])
     np.testing.assert_allclose(results[0].logits, expected[10:], atol=CLOSE)
     np.testing.assert_allclose(results[1].logits, expected_other[25:26], atol=CLOSE)
-    assert results[0].token is None
-    assert results[1].token == int(expected_other[25].argmax())
+    assert results[0].chosen == ()
+    assert token_of(results[1]) == int(expected_other[25].argmax())
 
 
 def test_rows_without_logits_between_rows_with(backend: Any) -> None:
     expected = all_logits(backend, TOKENS[:8])
-    rows = [Row(backend.open(), TOKENS[:8], logits="last"), Row(backend.open(), TOKENS[:5]), Row(backend.open(), TOKENS[:8], Choice(VOCABULARY))]
+    rows = [Row(backend.open(), TOKENS[:8], logits="last"), Row(backend.open(), TOKENS[:5]), Row(backend.open(), TOKENS[:8], [Choice(VOCABULARY)])]
     last, nothing, chosen = backend.step(rows)
     assert nothing.logits is None
-    assert nothing.token is None
+    assert nothing.chosen == ()
     np.testing.assert_allclose(last.logits, expected[-1:], atol=CLOSE)
-    assert chosen.token == int(expected[-1].argmax())
+    assert token_of(chosen) == int(expected[-1].argmax())
 
 
 def test_rows_choose_each_in_its_own_way(backend: Any) -> None:
@@ -117,11 +122,11 @@ def test_rows_choose_each_in_its_own_way(backend: Any) -> None:
     best = int(expected.argmax())
     choices = [
         Choice(best),
-        Choice(VOCABULARY, repetition_penalty=1e6, penalized=[best]),
+        Choice(VOCABULARY, repetition_penalty=1e6, penalized=np.array([best], np.int32)),
         Choice(VOCABULARY, temperature=1.5, top_p=0.9, top_k=40, uniform=0.7),
     ]
-    results = backend.step([Row(backend.open(), TOKENS[:8], choice) for choice in choices])
-    assert [result.token for result in results] == [choose(expected, choice) for choice in choices]
+    results = backend.step([Row(backend.open(), TOKENS[:8], [choice]) for choice in choices])
+    assert [token_of(result) for result in results] == [choose(expected, choice).token for choice in choices]
 
 
 def test_greedy_is_the_same_every_time(backend: Any) -> None:
@@ -132,12 +137,12 @@ def test_greedy_is_the_same_every_time(backend: Any) -> None:
 
 def test_a_seed_means_what_the_reference_says(backend: Any) -> None:
     def choice(position: int) -> Choice:
-        return Choice(VOCABULARY - 7, 1.2, 0.95, 50, 1.1, tuple(range(30)), uniform(42, position))
+        return Choice(VOCABULARY - 7, 1.2, 0.95, 50, repetition_penalty=1.1, penalized=np.arange(30, dtype=np.int32), uniform=uniform(42, position))
 
     chosen = generate(backend, choice)
     # With the tokens known, one pass gives every row of logits that they were chosen from.
     logits = all_logits(backend, TOKENS + chosen)
-    assert chosen == [choose(logits[len(TOKENS) + i - 1], choice(len(TOKENS) + i)) for i in range(len(chosen))]
+    assert chosen == [choose(logits[len(TOKENS) + i - 1], choice(len(TOKENS) + i)).token for i in range(len(chosen))]
     assert len(set(chosen)) > 3
 
 
@@ -158,13 +163,15 @@ def test_greedy_on_the_device_is_the_reference(row: list[float], limit: int) -> 
 
     other = np.arange(8, dtype=np.float32)
     logits = np.array([other, row], np.float32)
-    assert mlx._greedy(mx.array(logits), {1: Choice(limit), 0: Choice(3)}) == {1: choose(logits[1], Choice(limit)), 0: 2}
+    for others in (3, limit):
+        want = [choose(logits[0], Choice(others)).token, choose(logits[1], Choice(limit)).token]
+        assert mlx._greedy(mx.array(logits), [others, limit]).tolist() == want
 
 
 def generate(backend: Any, choice: Callable[[int], Choice], count: int = 20) -> list[int]:
     sequence, tokens, chosen = backend.open(), TOKENS, []
     for position in range(len(TOKENS), len(TOKENS) + count):
-        token = backend.step([Row(sequence, tokens, choice(position))])[0].token
+        token = token_of(backend.step([Row(sequence, tokens, [choice(position)])])[0])
         chosen.append(token)
         tokens = [token]
     backend.free(sequence)
