@@ -9,7 +9,8 @@ Qwen2LocalError                 exit code 1
  ├─ BadFile                     3   a file is damaged, hostile or not what it claims to be
  │   └─ UnsupportedModel            a sound file, of an architecture or kind that we do not run
  ├─ BackendError                4   a backend is missing, crashed or computed nonsense
- │   └─ BackendUnavailable
+ │   ├─ BackendUnavailable
+ │   └─ WorkerDied                  the process that a model runs in crashed, or was killed
  ├─ DoesNotFit                  5   memory, disk or context
  │   └─ ContextOverflow
  ├─ FetchFailed                 6   a server does not give a file: refused, broken off, too slow, not what was announced
@@ -85,6 +86,10 @@ class BackendError(Qwen2LocalError):
 
 class BackendUnavailable(BackendError):
     """The backend's library is not installed, or does not work on this machine."""
+
+
+class WorkerDied(BackendError):
+    """The process that a model runs in ended unexpectedly. Its requests are lost; the next one starts another process."""
 
 
 class DoesNotFit(Qwen2LocalError):

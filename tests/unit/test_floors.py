@@ -26,6 +26,7 @@ FLOORS = (
     ("backends",),
     ("engine",),
     ("loading", "doctor"),
+    ("worker",),
     ("model",),
     ("cli", "qwen2_tui"),
 )
