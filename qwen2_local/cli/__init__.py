@@ -25,6 +25,7 @@ _COMMANDS = {
     "ls": ("models", "List the models on this computer."),
     "show": ("models", "Show what is known of a model."),
     "rm": ("models", "Delete an installed model."),
+    "cache": ("cache", "List or delete what models keep of texts they have read."),
     "convert": ("convert", "Convert a Hugging Face folder to GGUF or MLX."),
     "verify": ("verify", "Check a model's files, and its error against the source."),
     "inspect": ("inspect", "Show what any model file or folder holds."),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from qwen2_local import fit, store
+from qwen2_local import fit, kvcache, paths, store
 from qwen2_local.cli import output
 from qwen2_local.errors import UsageError
 from qwen2_local.formats.check_gguf import open_gguf
@@ -61,7 +61,7 @@ def show(model: str, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(model: str, yes: bool) -> None:
-    """Delete an installed MODEL. Files that are only named by their path are never touched."""
+    """Delete an installed MODEL, and what it keeps of texts it has read. Files that are only named by their path are never touched."""
     installed = {one.name: one.manifest for one in store.Store().list()}
     name = model.lower()
     if name not in installed and _forget(name, yes=yes):
@@ -76,6 +76,7 @@ def rm(model: str, yes: bool) -> None:
     size = output.gigabytes(manifest.size) if manifest is not None else "unknown size"
     if _confirmed(f"{name} ({size})", yes=yes):
         store.Store().remove(name)
+        kvcache.Disk(paths.kv()).clear(name)
         output.note(f"Deleted {name} ({size}).")
 
 

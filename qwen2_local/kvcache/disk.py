@@ -165,10 +165,13 @@ class Disk:
             self._path(name).unlink(missing_ok=True)
 
     def clear(self, model: str | None = None) -> int:
-        """Delete what is stored of all models, or of one; how many bytes that frees. Raises OSError where nothing can be deleted."""
+        """Delete what is stored of all models, or of one (its name or a fingerprint); how many bytes that frees.
+
+        Raises OSError where nothing can be deleted.
+        """
         freed = 0
         for folder in list(self._fingerprints()):
-            if model is not None and _about(folder) != model:
+            if model is not None and model not in (_about(folder), folder.name):
                 continue
             for one in self._scan(folder):
                 Path(one.path).unlink(missing_ok=True)
