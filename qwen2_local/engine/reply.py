@@ -1,0 +1,59 @@
+"""One caller's end of a request: a mailbox that the engine fills, and the iterator that empties it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Generic, Self, TypeVar
+
+from qwen2_local.engine.events import Event, Finished
+
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """Results on their way to a reader, who may dawdle: they are bounded by what was asked for, and nobody waits for the reader.
+
+    cancelled: set by the reader, read by the engine. An exception is the last thing that comes.
+    """
+
+    __slots__ = ("cancelled", "put", "take")
+
+    def __init__(self) -> None:
+        queue: SimpleQueue[T | BaseException] = SimpleQueue()
+        self.put, self.take = queue.put, queue.get
+        self.cancelled = False
+
+
+class Reply:
+    """The events of one request, made by `Engine.submit`. A reply that is forgotten cancels itself. For one reader; `cancel` is for any thread."""
+
+    def __init__(self, mailbox: Mailbox[Event], cancel: Callable[[Mailbox[Event]], None], require_own_process: Callable[[], None]) -> None:
+        self._mailbox = mailbox
+        self._cancel = cancel
+        self._require_own_process = require_own_process
+        self._ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        """The next event; waits for it. Raises BackendError where the engine failed, UsageError after a fork."""
+        if self._ended:
+            raise StopIteration
+        self._require_own_process()
+        event = self._mailbox.take()
+        if isinstance(event, BaseException):
+            self._ended = True
+            raise event
+        if isinstance(event, Finished):
+            self._ended = True
+        return event
+
+    def cancel(self) -> None:
+        """Stop the work. What came until then can still be read, and behind it `Finished("cancelled")`."""
+        if not self._ended:
+            self._cancel(self._mailbox)
+
+    def __del__(self) -> None:
+        self.cancel()
