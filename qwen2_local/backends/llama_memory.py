@@ -33,8 +33,8 @@ class Memory:
         self._form_is_known = False
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._lib.llama_memory_clear(self._cells, False)
+        """Forget everything, and overwrite it: a cell that holds no numbers harms those who only pass over it."""
+        self._lib.llama_memory_clear(self._cells, True)
 
     def cut(self, sequence: int, length: int) -> None:
         """Forget all of a sequence but its first tokens."""

@@ -330,21 +330,19 @@ class LlamaCpp:
     def _result(self, row: Row, logits: npt.NDArray[np.float32], first: int, width: int) -> RowResult:
         """What a row asks of these logits: those of its wanted tokens from number `first` on, of `width`."""
         count = len(logits)
-        chosen: tuple[Chosen, ...] = ()
-        if row.choose:
-            skipped = width - len(row.choose)  # tokens whose logits are wanted, though nothing is chosen after them
-            places = range(max(first, skipped), first + count)
-            chosen = tuple(choose(logits[place - first], row.choose[place - skipped]) for place in places)
-            for place, one in zip(places, chosen, strict=True):
-                if one.token < 0:
-                    raise self._no_choice(row, logits[place - first], row.choose[place - skipped].limit, place - width)
+        chosen: list[Chosen] = []
+        skipped = width - len(row.choose)  # tokens whose logits are wanted, though nothing is chosen after them
+        for place in range(max(first, skipped), first + count):
+            chosen.append(choose(logits[place - first], row.choose[place - skipped]))
+            if chosen[-1].token < 0:
+                raise self._no_choice(row, logits[place - first], row.choose[place - skipped].limit, place - width)
         if not row.targets and not row.logits:
-            return RowResult(chosen)
+            return RowResult(tuple(chosen))
         kept = logits if row.logits == "all" else logits[-1:] if row.logits and first + count == width else logits[:0]
         if not np.isfinite(kept).all() or (row.targets and not np.isfinite(logits[:, : row.limit].max())):
             raise self._no_numbers(row, first + count - width)
         return RowResult(
-            chosen,
+            tuple(chosen),
             score(logits, row.targets[first : first + count], row.limit) if row.targets else None,
             kept.copy() if row.logits else None,
         )
