@@ -5,7 +5,8 @@ Qwen2LocalError                 exit code 1
  │   ├─ UnknownModel
  │   ├─ UnknownChat
  │   ├─ InvalidSampling
- │   └─ InvalidPrompt
+ │   ├─ InvalidPrompt
+ │   └─ UnsupportedSchema           a form that replies cannot be made to keep to
  ├─ BadFile                     3   a file is damaged, hostile or not what it claims to be
  │   └─ UnsupportedModel            a sound file, of an architecture or kind that we do not run
  ├─ BackendError                4   a backend is missing, crashed or computed nonsense
@@ -15,6 +16,8 @@ Qwen2LocalError                 exit code 1
  │   └─ ContextOverflow
  ├─ FetchFailed                 6   a server does not give a file: refused, broken off, too slow, not what was announced
  │   └─ Offline                     no server can be reached
+ ├─ SchemaError                 7   a reply is not what its schema asks for
+ │   └─ TruncatedReply              it was cut short by a limit
  └─ Cancelled                   130 stopped by the caller
 """
 
@@ -68,6 +71,10 @@ class InvalidPrompt(UsageError):
     """A prompt that is empty, or no valid text."""
 
 
+class UnsupportedSchema(UsageError):
+    """A JSON schema, regular expression or choice that replies cannot be made to keep to: unknown keywords, no text at all, too complex."""
+
+
 class BadFile(Qwen2LocalError):
     """A file that is damaged, hostile, half-written, or not what it claims to be. Names the file."""
 
@@ -110,6 +117,16 @@ class FetchFailed(Qwen2LocalError):
 
 class Offline(FetchFailed):
     """The server could not be reached at all, or the network is switched off (HF_HUB_OFFLINE)."""
+
+
+class SchemaError(Qwen2LocalError):
+    """A reply is not what its schema asks for."""
+
+    exit_code = 7
+
+
+class TruncatedReply(SchemaError):
+    """A reply in a schema's form was cut short, by `max_tokens`, the context or its caller."""
 
 
 class Cancelled(Qwen2LocalError):

@@ -36,6 +36,7 @@ EXIT_CODES = """\b
 Exit codes: 0 fine · 1 internal error · 2 wrong usage or unknown model
 3 bad or damaged file · 4 backend missing or failed
 5 does not fit (memory, disk, context) · 6 could not be fetched (network, server)
+7 reply not as its schema asks (cut short, say)
 130 stopped by Ctrl-C · 141 the reader of the output went away"""
 
 

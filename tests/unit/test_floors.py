@@ -20,7 +20,7 @@ PACKAGES = {"qwen2_local": ROOT / "qwen2_local", "qwen2_converters": ROOT / "con
 # From the ground up: a module may import its own floor and those below. A name stands for all modules under it that have no line of their own.
 FLOORS = (
     ("qwen2_local", "errors", "types", "files", "paths", "sanitize", "formats", "catalog", "fit", "cpu", "repair", "backends.base"),
-    ("sampling", "vocabulary", "tokens", "detokenize", "chatml", "generation"),
+    ("sampling", "grammar", "vocabulary", "tokens", "detokenize", "chatml", "generation"),
     ("manifest", "store", "kvcache", "backends.llamalib"),
     ("qwen2_converters",),
     ("backends",),
@@ -30,9 +30,9 @@ FLOORS = (
     ("model",),
     ("cli", "qwen2_tui"),
 )
-LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
+LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
 COMPUTING = {"llama_cpp", "mlx"}
-HEAVY = {"llama_cpp", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "httpx2", "torch", "transformers"}
+HEAVY = {"llama_cpp", "llguidance", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "httpx2", "torch", "transformers"}
 
 
 @dataclass(frozen=True)
