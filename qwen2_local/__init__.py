@@ -17,13 +17,15 @@ __version__ = "0.1.0"
 logging.getLogger("qwen2_local").addHandler(logging.NullHandler())  # a library writes nothing by itself
 
 if TYPE_CHECKING:
+    from qwen2_local.chat import Chat
     from qwen2_local.errors import Qwen2LocalError
     from qwen2_local.model import Qwen2
-    from qwen2_local.types import Completion, Message, Piece, Sampling, Usage
+    from qwen2_local.types import Completion, Message, Piece, Sampling, Score, Usage
 
-__all__ = ["Completion", "Message", "Piece", "Qwen2", "Qwen2LocalError", "Sampling", "Usage", "__version__"]
+__all__ = ["Chat", "Completion", "Message", "Piece", "Qwen2", "Qwen2LocalError", "Sampling", "Score", "Usage", "__version__"]
 
-_HOMES = {"Qwen2": "model", "Qwen2LocalError": "errors"} | dict.fromkeys(("Completion", "Message", "Piece", "Sampling", "Usage"), "types")
+_TYPES = ("Completion", "Message", "Piece", "Sampling", "Score", "Usage")
+_HOMES = {"Chat": "chat", "Qwen2": "model", "Qwen2LocalError": "errors"} | dict.fromkeys(_TYPES, "types")
 
 
 def __getattr__(name: str) -> object:

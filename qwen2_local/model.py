@@ -4,94 +4,52 @@ with Qwen2("guide") as model:
     print(model.ask("What is GGUF?"))
     for piece in model.stream("And MLX?"):
         print(piece.text, end="", flush=True)
+
+Every method that waits has an async twin, named with an `a` in front.
 """
 
 from __future__ import annotations
 
-import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, Unpack, overload
 
-from qwen2_local.backends.base import BackendInfo
+from qwen2_local.backends.base import BackendInfo, Scores
 from qwen2_local.chatml import render
-from qwen2_local.detokenize import TextStream
-from qwen2_local.engine import Engine, Finished, Prefilled, Request, Token
+from qwen2_local.engine import Reply, Request
 from qwen2_local.errors import InvalidPrompt, UsageError
 from qwen2_local.loading import Opened, Report, installed_or_pulled, open_model
-from qwen2_local.types import Completion, FinishReason, Message, Piece, Sampling, Usage
+from qwen2_local.options import Options, Progress, Settled, Wishes, settle
+from qwen2_local.stream import Stream
+from qwen2_local.tokens import Tokenizer
+from qwen2_local.types import Completion, Message, Sampling, Score
 
-Progress = Callable[[int, int], None]
-"""Called while a prompt is read: tokens done, tokens in all."""
+if TYPE_CHECKING:
+    from qwen2_local.aio import AsyncStream
+    from qwen2_local.chat import Chat
+    from qwen2_local.grammar import Grammar, Spec
 
+__all__ = ["Progress", "Qwen2", "Stream"]
 
-class Stream:
-    """A reply as it comes: iterate for `Piece`s; afterwards `completion` holds the whole. Closing it early stops the work.
-
-    `completion` is there also after an early `close`, then with the finish_reason "cancelled" and what came until then.
-    """
-
-    def __init__(self, pieces: Generator[Piece, None, Completion], partial: Callable[[], Completion]) -> None:
-        self._pieces = pieces
-        self._partial = partial
-        self.completion: Completion | None = None
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            if self.completion is None:
-                # Without a value where an error, a Ctrl-C say, has ended it before.
-                self.completion = end.value or self._partial()
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """Stop the reply; what came so far is in `completion`."""
-        self._pieces.close()
-        if self.completion is None:
-            self.completion = self._partial()
-
-    def finish(self) -> Completion:
-        """Read the rest and give the whole reply."""
-        for _ in self:
-            pass
-        assert self.completion is not None
-        return self.completion
+T = TypeVar("T")
+_KEPT_GRAMMARS = 16
 
 
-@dataclass
-class _Tally:
-    """A reply under way."""
+class _Engine(Protocol):
+    """The engine in this process, or in a worker."""
 
-    prompt: int
-    cached: int = 0
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    reason: FinishReason = "cancelled"
-    began: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
+    @property
+    def info(self) -> BackendInfo: ...
 
-    def add(self, token: int, text: str) -> Piece:
-        """One more token. The times hold for a reply that its reader stops; the engine tells the times of others."""
-        since = time.perf_counter() - self.began
-        if self.tokens:
-            self.decode_s = since - self.prefill_s
-        else:
-            self.prefill_s = since
-        self.tokens.append(token)
-        self.text += text
-        return Piece(text, token)
+    def submit(self, request: Request) -> Reply: ...
 
-    def completion(self) -> Completion:
-        usage = Usage(self.prompt, self.cached, len(self.tokens), self.prefill_s, self.decode_s)
-        return Completion(self.text, self.reason, usage, tuple(self.tokens))
+    def score(self, tokens: Sequence[int], limit: int) -> Scores: ...
+
+    def forget(self, chunks: Iterable[str]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Qwen2:
@@ -103,20 +61,58 @@ class Qwen2:
         *,
         backend: str | None = None,
         context: int | None = None,
+        draft: str | None = None,
+        adapter: str | Path | None = None,
+        kv_bits: int = 16,
+        kv_cache: bool = True,
+        parallel: int = 8,
+        worker: bool = False,
+        idle_s: float | None = None,
+        force: bool = False,
         report: Report | None = None,
         pull: bool = False,
     ) -> None:
         """Load a model by name ("guide", "0.5b:q4_0") or path (a GGUF file, an MLX folder, a Hugging Face folder).
 
-        backend: "mlx" or "llama.cpp"; by default what fits the machine and the file. context: tokens of prompt and reply
-        together; by default 8,192, or what the model has if that is less. report: told of the progress of a conversion, on the first use of
-        a Hugging Face folder, and of a fetch. pull: fetch and install a model that is not here; without it, no network is touched.
+        backend: "mlx" or "llama.cpp"; by default what fits the machine and the file. context: tokens of prompt and reply together, at most;
+        by default what the model and the memory allow. draft: a smaller model with the same vocabulary, whose guesses this one checks: the
+        same replies, faster. adapter: a LoRA to put on it. kv_bits: keep keys and values in 16 or 8 bits. kv_cache: also on the disk.
+        parallel: requests computed at once. worker: run the model in a process of its own, so that its crash is an error here; idle_s: give
+        that one's memory back after so many seconds without a request. force: load it also where it will not fit. report: told of the
+        progress of a conversion, on the first use of a Hugging Face folder, and of a fetch. pull: fetch and install a model that is not
+        here; without it, no network is touched.
         Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit; with `pull` also FetchFailed, and UsageError for a licence to accept.
         """
+        # Late, as they bring what only a loaded model needs.
+        from qwen2_local.worker.setup import LocalEngine, Setup
+
+        if idle_s is not None and not worker:
+            raise UsageError("idle_s is for a model in a worker.", hint="Add worker=True.")
         if pull:
             name = installed_or_pulled(name, backend=backend, report=report)
-        self._opened: Opened = open_model(name, backend=backend, context=context, report=report)
-        self._engine = Engine(self._opened.load)
+        self.name = name
+        smaller = None if draft is None else open_model(draft, report=report, kv_cache=False, parallel=1)
+        opened = open_model(
+            name, backend=backend, context=context, report=report, adapter=adapter, kv_bits=kv_bits, kv_cache=kv_cache, parallel=parallel,
+            force=force, beside=smaller.memory if smaller else 0,
+        )  # fmt: skip
+        if smaller is not None and smaller.tokenizer.identity != opened.tokenizer.identity:
+            raise UsageError(f"{draft} cannot draft for {name}: their vocabularies differ.", hint="Take a smaller model of the same family.")
+        assert opened.plan is not None
+        path = opened.plan.path
+        setup = Setup(
+            opened.plan, name, smaller.plan if smaller else None, kv_cache, parallel, opened.kv_memory,
+            path if path.is_file() else path / "tokenizer.json",
+        )  # fmt: skip
+        self._opened: Opened = opened
+        self._grammars: dict[str, Grammar] = {}
+        self._engine: _Engine
+        if worker:
+            from qwen2_local.worker.client import RemoteEngine
+
+            self._engine = RemoteEngine(setup, idle_s=idle_s)
+        else:
+            self._engine = LocalEngine(setup)
         # Also when it is forgotten, or the program ends: native code must not be at work while the interpreter goes down.
         weakref.finalize(self, self._engine.close)
 
@@ -135,34 +131,145 @@ class Qwen2:
         """The model's own sampling (its generation_config)."""
         return self._opened.sampling
 
-    def ask(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> str:
-        """The reply to one question, as text. For its usage and timings, see `respond`."""
-        return self.respond(_turns(question, system), sampling=sampling, max_tokens=max_tokens).finish().text
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        return self._opened.tokenizer
 
-    def stream(self, question: str, *, system: str | None = None, sampling: Sampling | None = None, max_tokens: int | None = None) -> Stream:
+    @property
+    def default_system(self) -> str | None:
+        """The system message of a conversation that brings none; None for nothing."""
+        return self._opened.default_system
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of prompt and reply together, YaRN included."""
+        return max(self.info.context, self.info.yarn_context)
+
+    @overload
+    def ask(self, question: str, *, system: str | None = None, schema: None = None, **options: Unpack[Wishes]) -> str: ...
+    @overload
+    def ask(self, question: str, *, system: str | None = None, schema: type[T], **options: Unpack[Wishes]) -> T: ...
+    @overload
+    def ask(self, question: str, *, system: str | None = None, schema: Mapping[str, Any], **options: Unpack[Wishes]) -> Any: ...
+    def ask(self, question: str, *, system: str | None = None, schema: Any = None, **options: Unpack[Wishes]) -> Any:
+        """The reply to one question, as text. For its usage and timings, see `respond`. options: see `options.Wishes`.
+
+        schema: a JSON schema or a pydantic model: the reply as a checked value instead. Raises TruncatedReply where the limit came first,
+        UnsupportedSchema for a schema that cannot be kept to.
+        """
+        completion = self.respond(_turns(question, system), schema=schema, **options).finish()
+        return completion.text if schema is None else _parse(completion, schema)
+
+    def stream(self, question: str, *, system: str | None = None, **options: Unpack[Options]) -> Stream:
         """The reply to one question, piece by piece."""
-        return self.respond(_turns(question, system), sampling=sampling, max_tokens=max_tokens)
+        return self.respond(_turns(question, system), **options)
 
-    def respond(
-        self, messages: Sequence[Message], *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None
-    ) -> Stream:
+    def respond(self, messages: Sequence[Message], **options: Unpack[Options]) -> Stream:
         """The next reply of a conversation, in ChatML; the model's own system message is put first where there is none.
 
-        A conversation that goes on from the last one computes only what is new.
+        A conversation that goes on from an earlier one computes only what is new.
         """
-        prompt = render(self._opened.tokenizer, messages, default_system=self._opened.default_system)
-        return self._generate(prompt, self._opened.stops, sampling, max_tokens, progress)
+        wish = settle(self.sampling, **options)
+        return self._begin(render(self.tokenizer, messages, default_system=self.default_system), wish)
 
-    def complete(self, text: str, *, sampling: Sampling | None = None, max_tokens: int | None = None, progress: Progress | None = None) -> Stream:
+    def complete(self, text: str, **options: Unpack[Options]) -> Stream:
         """Plain continuation of `text`, without a chat template: for base models. Iterate it, or call `finish`."""
-        if not text:
-            raise InvalidPrompt("There is nothing to continue: the text is empty.", hint="Give some text.")
-        prompt = [*self._opened.bos, *self._opened.tokenizer.encode(text)]
-        return self._generate(prompt, self._opened.stops, sampling, max_tokens, progress)
+        wish = settle(self.sampling, **options)
+        return self._begin(self._plain(text), wish)
+
+    def write(self, prompt: Sequence[int], **options: Unpack[Options]) -> Stream:
+        """The continuation of token ids."""
+        return self._begin(prompt, settle(self.sampling, **options))
+
+    def map(
+        self, prompts: Iterable[str], *, concurrency: int = 8, system: str | None = None, schema: Any = None, progress: bool = True,
+        **options: Unpack[Wishes],
+    ) -> list[Any]:  # fmt: skip
+        """The replies to many questions, in their order; so many are under way at once, computed together on the device.
+
+        schema: as in `ask`. progress: on a terminal or in a notebook, show how far it is. Raises the first error, and stops the rest.
+        """
+        from qwen2_local.many import Meter, in_order
+
+        total = len(prompts) if isinstance(prompts, Sequence) else None
+        meter = Meter(total, shown=progress)
+        replies: list[Any] = []
+
+        def begin(prompt: str) -> Stream:
+            return self.respond(_turns(prompt.removesuffix("\n"), system), schema=schema, **options)
+
+        try:
+            for result in in_order(begin, prompts, concurrency=concurrency):
+                if isinstance(result, Exception):
+                    raise result
+                replies.append(result.text if schema is None else _parse(result, schema))
+                meter.advance()
+        finally:
+            meter.close()
+        return replies
+
+    def score(self, text: str) -> Score:
+        """How likely the model finds a text: the log-probability of each token but the first, and the perplexity of the whole.
+
+        Raises InvalidPrompt for a text of a single token.
+        """
+        return self._score(self._plain(text), 1)
+
+    def loglikelihood(self, context: str, continuation: str) -> Score:
+        """How likely `continuation` is behind `context`, as evaluations ask; only its tokens count. The two are tokenized apart."""
+        before = self._plain(context)
+        behind = self.tokenizer.encode(continuation)
+        if not behind:
+            raise InvalidPrompt("There is nothing to score: the continuation is empty.", hint="Give some text.")
+        return self._score([*before, *behind], len(before))
+
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """A conversation that remembers: see `Chat`. It is kept in memory; `save` puts it among the saved ones."""
+        from qwen2_local.chat import Chat
+
+        return Chat(self, system=system, **options)
+
+    def forget(self, chunks: Iterable[str]) -> None:
+        """Delete what the KV cache keeps under these names (`Completion.chunks`)."""
+        self._engine.forget(chunks)
 
     def close(self) -> None:
         """Free the model; replies under way end as cancelled. Idempotent."""
         self._engine.close()
+
+    async def aask(self, question: str, *, system: str | None = None, schema: Any = None, **options: Unpack[Wishes]) -> Any:
+        """`ask`, awaited. A cancelled task stops the work."""
+        completion = await self.arespond(_turns(question, system), schema=schema, **options).finish()
+        return completion.text if schema is None else _parse(completion, schema)
+
+    def astream(self, question: str, *, system: str | None = None, **options: Unpack[Options]) -> AsyncStream:
+        """`stream`, for `async for`."""
+        return self.arespond(_turns(question, system), **options)
+
+    def arespond(self, messages: Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
+        """`respond`, for `async for`."""
+        return _later(lambda: self.respond(messages, **options))
+
+    def acomplete(self, text: str, **options: Unpack[Options]) -> AsyncStream:
+        """`complete`, for `async for`."""
+        return _later(lambda: self.complete(text, **options))
+
+    async def amap(self, prompts: Iterable[str], **options: Any) -> list[str]:
+        """`map`, awaited."""
+        return await _threaded(lambda: self.map(prompts, **options))
+
+    async def ascore(self, text: str) -> Score:
+        """`score`, awaited."""
+        return await _threaded(lambda: self.score(text))
+
+    async def aloglikelihood(self, context: str, continuation: str) -> Score:
+        """`loglikelihood`, awaited."""
+        return await _threaded(lambda: self.loglikelihood(context, continuation))
+
+    async def aclose(self) -> None:
+        """`close`, awaited."""
+        await _threaded(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -170,37 +277,66 @@ class Qwen2:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _generate(
-        self, prompt: Sequence[int], stops: frozenset[int], sampling: Sampling | None, max_tokens: int | None, progress: Progress | None
-    ) -> Stream:
-        if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-            hint = "Leave it out for as much as the context holds."
-            raise UsageError(f"max_tokens is {max_tokens!r}, but has to be a whole number, at least 1.", hint=hint)
-        tokenizer = self._opened.tokenizer
-        request = Request(tuple(prompt), sampling or self.sampling, stops, min(tokenizer.size, self.info.vocabulary), max_tokens)
-        tally = _Tally(len(prompt))
-        return Stream(self._pieces(request, tally, progress), tally.completion)
+    async def __aenter__(self) -> Self:
+        return self
 
-    def _pieces(self, request: Request, tally: _Tally, progress: Progress | None) -> Generator[Piece, None, Completion]:
-        text = TextStream()
-        tally.began = time.perf_counter()
-        with closing(self._engine.generate(request)) as events:
-            for event in events:
-                match event:
-                    case Token(token):
-                        yield tally.add(token, text.push(self._opened.tokenizer.token_bytes(token)))
-                    case Prefilled(done, total, cached):
-                        tally.cached = cached
-                        if progress is not None:
-                            progress(done, total)
-                    case Finished(reason, prefill_s, decode_s):
-                        tally.reason, tally.prefill_s, tally.decode_s = reason, prefill_s, decode_s
-        rest = text.finish()
-        if rest:
-            # Bytes of a character that never came whole.
-            tally.text += rest
-            yield Piece(rest, tally.tokens[-1])
-        return tally.completion()
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    @property
+    def _limit(self) -> int:
+        """Ids from here on are padding of the vocabulary."""
+        return min(self.tokenizer.size, self.info.vocabulary)
+
+    def _plain(self, text: str) -> list[int]:
+        if not text:
+            raise InvalidPrompt("There is nothing to continue: the text is empty.", hint="Give some text.")
+        return [*self._opened.bos, *self.tokenizer.encode(text)]
+
+    def _begin(self, prompt: Sequence[int], wish: Settled) -> Stream:
+        constraint = None if wish.form is None else self._grammar(wish.form).start()
+        request = Request(
+            tuple(prompt), wish.sampling, self._opened.stops, self._limit, wish.max_tokens, constraint, wish.logprobs, wish.lookup, wish.persist
+        )
+        return Stream(self._engine.submit(request), self.tokenizer.token_bytes, len(prompt), wish.stop, wish.progress)
+
+    def _grammar(self, form: Spec) -> Grammar:
+        from qwen2_local import grammar
+
+        key = repr(form)  # a schema is a mapping, which has no hash
+        known = self._grammars.get(key)
+        if known is None:
+            known = grammar.compile(form, self.tokenizer, self._limit, self._opened.stops)
+            if len(self._grammars) >= _KEPT_GRAMMARS:
+                self._grammars.clear()
+            self._grammars[key] = known
+        return known
+
+    def _score(self, tokens: Sequence[int], first: int) -> Score:
+        """Of the tokens from `first` on."""
+        if len(tokens) < 2:
+            raise InvalidPrompt("There is nothing to score: the text is a single token.", hint="Give a longer text.")
+        scores = self._engine.score(tokens, self._limit)
+        part = slice(first - 1, None)
+        return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs[part])), bool(scores.greedy[part].all()))
+
+
+def _parse(completion: Completion, schema: Any) -> Any:
+    from qwen2_local import grammar
+
+    return grammar.parse(completion.text, schema, whole=completion.finish_reason == "stop")
+
+
+def _later(begin: Callable[[], Stream]) -> AsyncStream:
+    from qwen2_local.aio import AsyncStream
+
+    return AsyncStream(begin)
+
+
+async def _threaded(work: Callable[[], T]) -> T:
+    from qwen2_local.aio import in_thread
+
+    return await in_thread(work)
 
 
 def _turns(question: str, system: str | None) -> list[Message]:

@@ -104,21 +104,32 @@ def _require(name: str, value: float, low: float, high: float, *, above: bool = 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a reply as it streams: `text` is whole characters, possibly empty; `token` the id behind it."""
+    """A piece of a reply as it streams: `text` is whole characters, possibly empty; `token` the id behind it.
+
+    logprob: the token's log-probability, where asked for; top: (id, log-probability) of the likeliest, likeliest first.
+    """
 
     text: str
     token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a reply cost. Counts are tokens; times are seconds of wall clock."""
+    """What a reply cost. Counts are tokens; times are seconds of wall clock.
+
+    cached_tokens: of the prompt, those whose keys and values were there already. drafted_tokens, accepted_tokens: proposed by speculation,
+    and right.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     prefill_s: float
     decode_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -128,9 +139,37 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished reply."""
+    """A finished reply.
+
+    tokens: its ids, those of a stop string included. logprobs: (log-probability, likeliest ids with theirs) of each, where asked for.
+    chunks: names under which the KV cache keeps it.
+    """
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     tokens: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = field(default=(), repr=False)
+    chunks: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a text was. logprobs: natural logarithms, of each token but the first; tokens: the ids they belong to.
+
+    greedy: was every one of them the likeliest?
+    """
+
+    tokens: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[float, ...] = field(repr=False)
+    greedy: bool
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean of the negative log-probabilities."""
+        return math.exp(-self.logprob / len(self.logprobs))
