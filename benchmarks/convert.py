@@ -3,8 +3,9 @@
     python benchmarks/convert.py [--sizes 0.5b 1.5b] [--work FOLDER] [--repeat 3]     in the project's environment; 20 GB of disk for 1.5b
 
 Checkpoints are of random weights at the real shapes. llama.cpp's script needs torch and transformers 4, so it gets an environment of its own in
-FOLDER, and its source comes with llama-cpp-python's source distribution; both are fetched by pip once. Times are of whole commands, taken in
-turn; memory is the peak of resident memory (of the larger of two commands). The last line is one JSON object.
+FOLDER, with llama.cpp as pip builds it, without this project's compiler flags; its source comes with llama-cpp-python's source distribution. pip
+fetches all that once, and builds for some minutes. Times are of whole commands, taken in turn; memory is the peak of resident memory (of the
+larger of two commands). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> Cost:
 def fetch_peer(work: Path) -> tuple[Path, Path]:
     """The Python and the llama.cpp source of the peer, made in `work` unless they are there."""
     python, source = work / "peer/bin/python", work / "llama.cpp"
+    version = importlib.metadata.version("llama-cpp-python")
     if not python.exists():
         run(sys.executable, "-m", "venv", work / "peer")
-        run(python, "-m", "pip", "install", "-q", *PEER)
+        run(python, "-m", "pip", "install", "-q", *PEER, f"llama-cpp-python=={version}")
     if not source.exists():
-        version = importlib.metadata.version("llama-cpp-python")
         run(python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}", "-d", work)
         with tarfile.open(next(work.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(work / "sdist", filter="data")
@@ -84,7 +85,7 @@ def llama(python: Path, llama_cpp: Path, source: Path, output: Path) -> Cost:
     between = output.with_suffix(".bf16.gguf")
     env = os.environ | {"PYTHONPATH": str(llama_cpp / "gguf-py")}
     first = run(python, llama_cpp / "convert_hf_to_gguf.py", source, "--outtype", "bf16", "--outfile", between, env=env)
-    second = run(sys.executable, "-c", QUANTIZE, between, output, "15", str(os.cpu_count()))
+    second = run(python, "-c", QUANTIZE, between, output, "15", str(os.cpu_count()))
     size = between.stat().st_size
     between.unlink()
     return Cost(first.seconds + second.seconds, max(first.peak_mb, second.peak_mb), size)
