@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ class Worker:
     @property
     def dead(self) -> bool:
         """Has it ended, or is it about to?"""
-        return self._error is not None or self._closing or self._child.poll() is not None
+        return self._error is not None or self._closing or self._is_deaf()
 
     def loaded(self) -> BackendInfo:
         """Wait for the model. Raises what loading raised, WorkerDied."""
@@ -119,6 +120,15 @@ class Worker:
         """End it at once."""
         with suppress(OSError):
             self._child.kill()
+
+    def _is_deaf(self) -> bool:
+        """Has the other end of its input been closed? The system does that first of all when a process dies."""
+        poll = select.poll()
+        try:
+            poll.register(self._stdin, 0)  # errors are always told
+        except ValueError:  # closed here
+            return True
+        return bool(poll.poll(0))
 
     def _speak(self) -> None:
         with suppress(OSError):  # that it is dead, the other thread finds out
