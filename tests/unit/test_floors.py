@@ -21,13 +21,13 @@ PACKAGES = {"qwen2_local": ROOT / "qwen2_local", "qwen2_converters": ROOT / "con
 FLOORS = (
     ("qwen2_local", "errors", "types", "files", "paths", "sanitize", "formats", "catalog", "fit", "cpu", "repair", "backends.base"),
     ("sampling", "grammar", "vocabulary", "tokens", "detokenize", "chatml", "generation"),
-    ("manifest", "store", "kvcache", "backends.llamalib"),
+    ("manifest", "store", "kvcache", "chats", "backends.llamalib"),
     ("qwen2_converters",),
     ("backends",),
     ("engine",),
     ("loading", "doctor"),
     ("worker",),
-    ("model",),
+    ("chat", "model"),
     ("cli", "qwen2_tui"),
 )
 LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}

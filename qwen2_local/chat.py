@@ -1,0 +1,582 @@
+"""A conversation with a model: turns that can be edited, answered anew, branched and kept.
+
+chat = model.chat(system="You are terse.")
+for piece in chat.stream("Name three rivers."):
+    print(piece.text, end="", flush=True)
+chat.edit(-2, "Name three lakes.")      # the rivers stay, as another branch
+
+What a model wrote goes back to it as the ids that it wrote, never tokenized again, so a turn computes only what is new.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
+
+from qwen2_local import chatml
+from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, path_to
+from qwen2_local.chats.records import title_of
+from qwen2_local.errors import ContextOverflow, InvalidPrompt, Qwen2LocalError, UsageError
+from qwen2_local.options import Options, settle
+from qwen2_local.tokens import Tokenizer, require_text
+from qwen2_local.types import Completion, Message, Piece, Role, Sampling
+
+if TYPE_CHECKING:
+    from qwen2_local.aio import AsyncStream, Readable
+
+Overflow = Literal["error", "drop_oldest", "keep_ends"]
+"""What to do when a conversation outgrows the context. error: raise ContextOverflow. drop_oldest: the model no longer sees the oldest turns
+after the system message. keep_ends: it still sees the first turn, and the latest. `Chat.left_out` counts what it does not see."""
+
+_SAVE_EVERY_S = 1.0
+_RESERVE = 512
+_HIDDEN = 64
+
+
+class ChatModel(Protocol):
+    """What a chat needs of a model; `Qwen2` says what each is."""
+
+    name: str
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...  # noqa: D102
+    @property
+    def default_system(self) -> str | None: ...  # noqa: D102
+    @property
+    def sampling(self) -> Sampling: ...  # noqa: D102
+    @property
+    def longest(self) -> int: ...  # noqa: D102
+    def write(self, prompt: Sequence[int], **options: Unpack[Options]) -> Readable: ...  # noqa: D102
+    def forget(self, chunks: Iterable[str]) -> None: ...  # noqa: D102
+
+
+class Reply:
+    """A reply of a chat as it comes: iterate for `Piece`s; afterwards `completion` holds the whole. Closing it early stops it.
+
+    It is kept in its chat now and then while it comes, and at its end; what was stopped or broke off is marked as partial.
+    """
+
+    def __init__(self, chat: Chat, stream: Readable, message: ChatMessage) -> None:
+        """message: the reply as far as it is there already, where it is to go on."""
+        self._chat = chat
+        self._stream = stream
+        self._message = replace(message, state="partial", finish_reason=None, usage=None)
+        self._before = (message.text, message.tokens)
+        self._pieces: list[Piece] = []
+        self._saved = time.monotonic()
+        self._lock = threading.Lock()
+        self._over = False
+        self.completion: Completion | None = None
+
+    @property
+    def over(self) -> bool:
+        """Has it ended?"""
+        return self._over
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        if self._over:
+            raise StopIteration
+        try:
+            piece = next(self._stream)
+        except StopIteration:
+            self._end()
+            raise
+        except BaseException as error:
+            with suppress(Qwen2LocalError):
+                self._stream.close()
+            self._end(broken=isinstance(error, Exception))
+            raise
+        self._pieces.append(piece)
+        if time.monotonic() - self._saved >= _SAVE_EVERY_S:
+            with self._lock:
+                if not self._over:
+                    self._message = self._chat._keep(self._so_far(), final=False)
+            self._saved = time.monotonic()
+        return piece
+
+    def cancel(self) -> None:
+        """Stop the work, without waiting; whoever reads gets to the end soon. From any thread."""
+        self._stream.cancel()
+
+    def close(self) -> None:
+        """Stop the reply; what came so far is in `completion`, and in the chat. Idempotent; from any thread."""
+        if not self._over:
+            self._stream.close()
+            self._end()
+
+    def finish(self) -> Completion:
+        """Read the rest and give the whole reply."""
+        for _ in self:
+            pass
+        assert self.completion is not None
+        return self.completion
+
+    def __del__(self) -> None:
+        # Who forgets it half-way does not want the rest.
+        if not getattr(self, "_over", True):
+            with suppress(Exception):
+                self.close()
+
+    def _so_far(self) -> ChatMessage:
+        text, tokens = "".join(piece.text for piece in self._pieces), tuple(piece.token for piece in self._pieces)
+        return self._grown(text, tokens)
+
+    def _grown(self, text: str, tokens: tuple[int, ...]) -> ChatMessage:
+        whole = self._before[0] + text
+        return replace(self._message, text=whole, tokens=_ids_of(self._chat.model.tokenizer, (*self._before[1], *tokens), whole))
+
+    def _end(self, *, broken: bool = False) -> None:
+        """broken: it ended with an error, not because somebody stopped it."""
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            self.completion = done = self._stream.completion
+            if done is None:
+                message, chunks = self._so_far(), tuple[str, ...]()
+            else:
+                message = replace(self._grown(done.text, done.tokens), usage=done.usage)
+                chunks = done.chunks
+                if not broken:
+                    cut = done.finish_reason == "cancelled"
+                    message = replace(message, finish_reason=done.finish_reason, state="partial" if cut else "whole")
+            # A reply that was stopped before its first letter is none.
+            if message.text or message.state == "whole" or message.id:
+                self._chat._keep(message, chunks, final=True)
+            else:
+                self._chat._keep_chunks(chunks)
+
+
+class Chat:
+    """A conversation. Not saved unless asked for: `save`, or a chat of a store. One reply at a time; use it from one thread, or with care.
+
+    messages count from 0, the system message included if there is one; negative numbers from the end.
+    """
+
+    def __init__(self, model: ChatModel, *, system: str | None = None, store: ChatStore | None = None, overflow: Overflow = "error") -> None:
+        """A new conversation, of `model`; `Qwen2.chat` makes them.
+
+        system: the system message, by default the model's own. store: where to keep it from the first turn on; None keeps it in memory only,
+        and its KV off the disk.
+        """
+        self.model = model
+        self.overflow: Overflow = overflow
+        self.unsaved = ""
+        """Why a chat that is to be saved is not, on a full disk say; "" where all is well. The next turn tries again."""
+        self._store = store
+        self._number: int | None = None
+        self._messages: dict[int, ChatMessage] = {}
+        self._tip: int | None = None
+        self._local = 0
+        self._chunks: list[str] = []
+        self._ids: dict[int, list[int]] = {}
+        self._current: Callable[[], Reply | None] = lambda: None
+        if system is not None:
+            require_text(system, "The system message")
+            # It is saved with the first question: who only looks leaves no empty chats.
+            self._put(ChatMessage("system", system, created=time.time()))
+
+    @classmethod
+    def load(cls, model: ChatModel, number: int, store: ChatStore | None = None, *, overflow: Overflow = "error") -> Self:
+        """A saved conversation, to go on with: `number` as `qwen2-local chats` shows it. Raises UnknownChat."""
+        store = store or ChatStore.open()
+        record = store.record(number)
+        chat = cls(model, store=store, overflow=overflow)
+        chat._number, chat._tip = number, record.tip
+        chat._messages = {message.id: message for message in record.messages}
+        return chat
+
+    # What is there
+
+    @property
+    def number(self) -> int | None:
+        """The number under which it is saved, or None."""
+        return self._number
+
+    @property
+    def messages(self) -> tuple[ChatMessage, ...]:
+        """The conversation as it is now, without the alternatives beside it."""
+        return tuple(path_to(self._messages, self._tip))
+
+    @property
+    def left_out(self) -> int:
+        """How many messages the model did not see when it wrote its last reply, by the policy `overflow`."""
+        return _left_out(self.messages)
+
+    @property
+    def title(self) -> str:
+        """Its title: given by `rename`, or from the first question."""
+        if self._number is not None and self._store is not None:
+            return self._store.summary(self._number).title
+        return next((title_of(one.text) for one in self._messages.values() if one.role == "user"), "")
+
+    def branches(self, turn: int) -> tuple[ChatMessage, ...]:
+        """The message `turn` and its alternatives, oldest first: other wordings of a question, other replies to the same."""
+        parent = self._at(turn).parent
+        return tuple(one for one in self._messages.values() if one.parent == parent)
+
+    # To write. options: see `options.Options`; those of `stream` and its like take `progress` and `schema`, too.
+
+    def send(self, text: str, **options: Unpack[Options]) -> Completion:
+        """The reply to `text`. Raises ContextOverflow, with the counts, before anything is kept; see `overflow`."""
+        return self.stream(text, **options).finish()
+
+    def stream(self, text: str, **options: Unpack[Options]) -> Reply:
+        """The same, piece by piece. The question is kept before the model begins; one that got no reply makes way for it, as a branch."""
+        last = self._messages.get(self._tip) if self._tip is not None else None
+        parent = last.parent if last is not None and last.role == "user" else self._tip
+        return self._answer(_question(text, parent), **options)
+
+    def edit(self, turn: int, text: str, **options: Unpack[Options]) -> Completion:
+        """The reply to another wording of the question `turn`; what came of the old one stays, as a branch."""
+        return self.stream_edit(turn, text, **options).finish()
+
+    def stream_edit(self, turn: int, text: str, **options: Unpack[Options]) -> Reply:
+        """The same, piece by piece."""
+        old = self._at(turn)
+        if old.role != "user":
+            hint = "Edit a question; `regenerate` gives another reply, `continue_reply(text)` one that begins as you say."
+            raise UsageError(f"Message {turn} is no question but a {_NAMES[old.role]}.", hint=hint)
+        return self._answer(_question(text, old.parent), **options)
+
+    def regenerate(self, **options: Unpack[Options]) -> Completion:
+        """Another reply to the last question; the one before stays, as a branch. With the same seed, it is the same."""
+        return self.stream_regenerate(**options).finish()
+
+    def stream_regenerate(self, **options: Unpack[Options]) -> Reply:
+        """The same, piece by piece."""
+        return self._answer(ChatMessage("assistant", "", parent=self._asked()), **options)
+
+    def continue_reply(self, text: str | None = None, **options: Unpack[Options]) -> Completion:
+        """The last reply goes on from where it ended, or, as a branch, one that begins with `text`. Gives what was added."""
+        return self.stream_continue(text, **options).finish()
+
+    def stream_continue(self, text: str | None = None, **options: Unpack[Options]) -> Reply:
+        """The same, piece by piece."""
+        if text is not None:
+            require_text(text)
+            begun = ChatMessage("assistant", text, parent=self._asked())
+        else:
+            begun = self._at(-1)
+            if begun.role != "assistant":
+                raise UsageError("There is no reply to continue: the last message is a question.", hint="`regenerate` answers it.")
+        return self._answer(begun, **options)
+
+    # Async twins: a cancelled task stops the reply.
+
+    async def asend(self, text: str, **options: Unpack[Options]) -> Completion:
+        """`send`, awaited."""
+        return await self.astream(text, **options).finish()
+
+    def astream(self, text: str, **options: Unpack[Options]) -> AsyncStream:
+        """`stream`, for `async for`. The question is kept when the first piece is awaited."""
+        return _later(lambda: self.stream(text, **options))
+
+    async def aedit(self, turn: int, text: str, **options: Unpack[Options]) -> Completion:
+        """`edit`, awaited."""
+        return await _later(lambda: self.stream_edit(turn, text, **options)).finish()
+
+    async def aregenerate(self, **options: Unpack[Options]) -> Completion:
+        """`regenerate`, awaited."""
+        return await _later(lambda: self.stream_regenerate(**options)).finish()
+
+    async def acontinue_reply(self, text: str | None = None, **options: Unpack[Options]) -> Completion:
+        """`continue_reply`, awaited."""
+        return await _later(lambda: self.stream_continue(text, **options)).finish()
+
+    # To arrange
+
+    def branch(self, turn: int) -> None:
+        """The conversation now ends with message `turn`; what came after it stays, as a branch. The next `send` goes on from here."""
+        self._end_with(self._at(turn).id)
+
+    def switch(self, turn: int, number: int) -> None:
+        """To the alternative `number` of `branches(turn)`, and to the latest that came of it."""
+        choices = self.branches(turn)
+        if not 0 <= number < len(choices):
+            raise UsageError(f"Message {turn} has no alternative {number}.", hint=f"It has {len(choices)}, counted from 0.")
+        tip = choices[number].id
+        latest = {message.parent: message.id for message in self._messages.values()}
+        while tip in latest:
+            tip = latest[tip]
+        self._end_with(tip)
+
+    def save(self, title: str = "", *, store: ChatStore | None = None) -> int:
+        """Keep the conversation, from now on after every turn, too; its number. title: by default from the first question."""
+        self._require_idle()
+        if self._store is None or (store is not None and store is not self._store):
+            self._store, self._number, self.unsaved = store or ChatStore.open(), None, ""
+        self._catch_up()
+        assert self._number is not None
+        self._store.end_with(self._number, self._tip)
+        self._keep_chunks(())
+        if title:
+            self._store.rename(self._number, title)
+        return self._number
+
+    def rename(self, title: str) -> None:
+        """Gives a saved chat another title; with "", that from its first question."""
+        if self._number is None or self._store is None:
+            raise UsageError("The chat is not saved, so it has no title.", hint="`save(title)` keeps it under one.")
+        self._store.rename(self._number, title)
+
+    def delete(self) -> None:
+        """Deletes it for good, with what is kept of its KV; it is then empty, and not saved."""
+        self._require_idle()
+        names: Iterable[str] = ()
+        if self._number is not None and self._store is not None:
+            names = self._store.delete([self._number])
+        self.model.forget([*names, *self._chunks])
+        self._store, self._number, self._tip, self.unsaved = None, None, None, ""
+        self._messages, self._ids, self._chunks = {}, {}, []
+
+    # Inside
+
+    def _at(self, turn: int) -> ChatMessage:
+        messages = self.messages
+        if type(turn) is not int or not -len(messages) <= turn < len(messages):
+            hint = f"It has {len(messages)}, counted from 0." if messages else "It is empty: `send` begins it."
+            raise UsageError(f"The conversation has no message {turn!r}.", hint=hint)
+        return messages[turn]
+
+    def _asked(self) -> int:
+        """The id of the last question."""
+        last = self._at(-1)
+        if last.role == "user":
+            return last.id
+        if last.role == "system" or last.parent is None:
+            raise UsageError("There is no question to reply to.", hint="`send` asks one.")
+        return last.parent
+
+    def _require_idle(self) -> None:
+        current = self._current()
+        if current is not None and not current.over:
+            raise UsageError("The chat is still writing its last reply.", hint="Read it to its end, or close it.")
+
+    def _end_with(self, message: int) -> None:
+        self._require_idle()
+        self._tip = message
+        with self._storing():
+            if self._store is not None and self._number is not None:
+                self._store.end_with(self._number, message)
+
+    def _answer(self, message: ChatMessage, **options: Unpack[Options]) -> Reply:
+        """A reply to the question `message`, or the reply `message` itself, as far as it is there already."""
+        self._require_idle()
+        wish = settle(self.model.sampling, **options)  # what cannot be is refused before anything is kept
+        tokenizer = self.model.tokenizer
+        opening = chatml.open_reply(tokenizer)
+        asked = message.role == "user"
+        if not asked:
+            message = self._begun(message)
+            opening += message.tokens
+        prompt, left_out = self._prompt(path_to(self._messages, message.parent) + ([message] if asked else []), opening, wish.max_tokens)
+        if asked:
+            number = self._keep(message, final=True).id
+            message = ChatMessage("assistant", "", parent=number)
+        message = replace(message, model=self.model.name, tokenizer=tokenizer.identity, sampling=wish.sampling, left_out=left_out)
+        options["persist"] = wish.persist and self._saved
+        reply = Reply(self, self.model.write(prompt, **options), message)
+        self._current = weakref.ref(reply)
+        return reply
+
+    def _prompt(self, before: list[ChatMessage], opening: list[int], max_tokens: int | None) -> tuple[list[int], int]:
+        """The ids for a reply behind the messages `before`, and how many of these are left out."""
+        system = [self._turn(before.pop(0))] if before and before[0].role == "system" else []
+        if not system and self.model.default_system is not None:
+            system = [chatml.turn(self.model.tokenizer, Message("system", self.model.default_system))]
+        # The model sees whole exchanges: a question and what came of it.
+        exchanges: list[list[list[int]]] = []
+        for message in before:
+            if message.role == "user" or not exchanges:
+                exchanges.append([])
+            exchanges[-1].append(self._turn(message))
+        fixed = _count(system) + len(opening)
+        left_out = 0
+        if self.overflow != "error":
+            exchanges, left_out = _shortened(exchanges, self.overflow, _left_out(before), self._room(max_tokens) - fixed)
+        prompt = [token for turns in (*([system]), *exchanges) for turn in turns for token in turn] + opening
+        if len(prompt) >= self.model.longest:
+            hint = "Start a new chat, `branch` from an earlier turn, load the model with a larger context, or name a policy: see `Chat.overflow`."
+            if self.overflow != "error":
+                hint = "Ask something shorter, or load the model with a larger context."
+            what = f"The conversation has {len(prompt):,} tokens, but the context holds {self.model.longest:,}, prompt and reply together."
+            raise ContextOverflow(what, hint=hint)
+        return prompt, left_out
+
+    def _room(self, max_tokens: int | None) -> int:
+        """Tokens for the prompt, where a policy keeps some free for the reply."""
+        return self.model.longest - min(max_tokens or _RESERVE, self.model.longest // 2)
+
+    def _turn(self, message: ChatMessage) -> list[int]:
+        """The ids of a message that is followed by others."""
+        ids = self._ids.get(message.id) if message.id else None
+        if ids is None:
+            tokenizer = self.model.tokenizer
+            own = self._own_ids(message)
+            if own is not None:
+                ids = [*chatml.open_reply(tokenizer), *own, *chatml.close_reply(tokenizer)]
+            else:
+                ids = chatml.turn(tokenizer, Message(message.role, message.text))
+            if message.id:
+                self._ids[message.id] = ids
+        return ids
+
+    def _begun(self, reply: ChatMessage) -> ChatMessage:
+        """A reply that is to go on, with its ids; without the half character that it was cut in, as the model writes that again."""
+        tokenizer = self.model.tokenizer
+        tokens = self._own_ids(reply)
+        if not tokens:
+            return replace(reply, tokens=tuple(tokenizer.encode(reply.text)))
+        text = reply.text
+        while tokens and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            tokens = tokens[:-1]
+            text = tokenizer.decode(tokens)
+        return replace(reply, text=text, tokens=tokens)
+
+    def _own_ids(self, message: ChatMessage) -> tuple[int, ...] | None:
+        """A reply's ids, if they mean its text to this model: the file of a stranger may say anything."""
+        tokenizer = self.model.tokenizer
+        if not message.tokens or message.tokenizer != tokenizer.identity:
+            return None
+        return message.tokens if _ids_of(tokenizer, message.tokens, message.text) == message.tokens else None
+
+    # Keeping
+
+    @property
+    def _saved(self) -> bool:
+        return self._store is not None and self._store.kept and not self.unsaved
+
+    def _put(self, message: ChatMessage) -> ChatMessage:
+        """A message into memory only; numbers below 0 say that no store knows it."""
+        self._local -= 1
+        message = replace(message, id=self._local)
+        self._messages[message.id] = message
+        self._tip = message.id
+        return message
+
+    def _keep(self, message: ChatMessage, chunks: Sequence[str] = (), *, final: bool) -> ChatMessage:
+        """A new message, or one that has grown, into memory and the store. final: False for a reply that is still being written."""
+        message = replace(message, created=message.created or time.time())
+        if message.id:
+            # Its question may have got another id meanwhile.
+            message = replace(message, parent=self._messages[message.id].parent)
+            self._messages[message.id] = message
+            self._ids.pop(message.id, None)
+        else:
+            message = self._put(message)
+        known = message.id > 0
+        with self._storing():
+            if self._store is not None:
+                numbers = self._catch_up(index=final)
+                message = self._messages[numbers.get(message.id, message.id)]
+                if known:
+                    assert self._number is not None
+                    self._store.update(self._number, message, index=final)
+        self._keep_chunks(chunks)
+        return self._messages.get(message.id, message)
+
+    def _keep_chunks(self, chunks: Sequence[str]) -> None:
+        self._chunks.extend(chunks)
+        if self._chunks and self._number is not None and self._store is not None:
+            with self._storing():
+                self._store.keep_chunks(self._number, self._chunks)
+                self._chunks.clear()
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        """A store that fails costs no reply: the chat goes on in memory, and `unsaved` says so."""
+        try:
+            yield
+            self.unsaved = ""
+        except Qwen2LocalError as error:
+            self.unsaved = error.what
+
+    def _catch_up(self, *, index: bool = True) -> dict[int, int]:
+        """Puts what no store knows yet into the store; the new ids by the old ones."""
+        assert self._store is not None
+        numbers: dict[int, int] = {}
+        if self._number is None:
+            now = time.time()
+            record = ChatRecord(self.title, False, False, now, now, self._tip, tuple(self._messages.values()))
+            self._number, numbers = self._store.insert(record)
+            self._renumber(numbers)
+        for message in [one for one in self._messages.values() if one.id < 0]:
+            parent = numbers.get(message.parent, message.parent) if message.parent is not None else None
+            numbers[message.id] = self._store.add(self._number, replace(message, parent=parent), index=index)
+            self._renumber({message.id: numbers[message.id]})
+        return numbers
+
+    def _renumber(self, numbers: dict[int, int]) -> None:
+        def new(number: int | None) -> int | None:
+            return None if number is None else numbers.get(number, number)
+
+        self._messages = {
+            message.id: message for one in self._messages.values() for message in [replace(one, id=new(one.id) or 0, parent=new(one.parent))]
+        }
+        self._ids = {numbers.get(number, number): ids for number, ids in self._ids.items()}
+        self._tip = new(self._tip)
+
+
+def _later(begin: Callable[[], Reply]) -> AsyncStream:
+    from qwen2_local.aio import AsyncStream
+
+    return AsyncStream(begin)
+
+
+_NAMES: dict[Role, str] = {"system": "system message", "user": "question", "assistant": "reply"}
+
+
+def _question(text: str, parent: int | None) -> ChatMessage:
+    require_text(text, "The message")
+    if not text.strip():
+        raise InvalidPrompt("The message is empty.", hint="Give some text.")
+    return ChatMessage("user", text, parent=parent, created=time.time())
+
+
+def _ids_of(tokenizer: Tokenizer, tokens: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """The ids of `tokens` that give exactly `text`; none if there are no such. The last ones may have been hidden: of a stop string, say."""
+    pieces = [tokenizer.token_bytes(token) for token in tokens]
+    for length in range(len(tokens), max(-1, len(tokens) - _HIDDEN), -1):
+        # A control token has no bytes, and no place in a text.
+        if all(pieces[:length]) and b"".join(pieces[:length]).decode(errors="replace") == text:
+            return tokens[:length]
+    return ()
+
+
+def _left_out(messages: Sequence[ChatMessage]) -> int:
+    return next((one.left_out for one in reversed(messages) if one.role == "assistant"), 0)
+
+
+def _count(turns: list[list[int]]) -> int:
+    return sum(map(len, turns))
+
+
+def _shortened(exchanges: list[list[list[int]]], policy: Overflow, before: int, room: int) -> tuple[list[list[list[int]]], int]:
+    """The exchanges that the model sees, and how many messages it does not.
+
+    What was left out before stays so, and once there is no room any more, a quarter becomes free at once: the prompt's beginning
+    stays the same over many turns, and need not be computed anew for each.
+    """
+    head, rest = (exchanges[:1], exchanges[1:]) if policy == "keep_ends" and len(exchanges) > 1 else ([], exchanges)
+    left_out = 0
+
+    def drop_while(going_on: Callable[[], bool]) -> None:
+        nonlocal left_out
+        while len(rest) > 1 and going_on():
+            left_out += len(rest.pop(0))
+
+    rest = list(rest)
+    drop_while(lambda: left_out < before)
+    total = sum(map(_count, (*head, *rest)))
+    if total > room:
+        drop_while(lambda: sum(map(_count, (*head, *rest))) > room * 3 // 4)
+    return [*head, *rest], left_out

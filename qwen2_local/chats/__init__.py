@@ -1,0 +1,17 @@
+"""The chats on disk: `chats.db`, one SQLite file for a person. Used by `chat`, the command line and the app.
+
+A message has a parent, so an edited question or a regenerated reply is an alternative beside the old one, and nothing is ever overwritten.
+What is deleted is gone: texts, the search index, and the names of KV chunks that only the deleted chats had are given to whoever
+deletes those. Knows neither models nor engines: tokens are numbers here.
+
+  records    a message, a chat: plain data
+  store      `ChatStore`: everything that is done with them
+  schema     the tables; opening, migrating, and what becomes of a damaged or newer file
+  words      what the search index is told of a text
+  exchange   chats as Markdown, JSON and OpenAI-style message lists, out and in
+"""
+
+from qwen2_local.chats.records import ChatMessage, ChatRecord, Hit, Summary, path_to
+from qwen2_local.chats.store import ChatStore
+
+__all__ = ["ChatMessage", "ChatRecord", "ChatStore", "Hit", "Summary", "path_to"]
