@@ -298,7 +298,7 @@ class Qwen2:
         request = Request(
             tuple(prompt), wish.sampling, self._opened.stops, self._limit, wish.max_tokens, constraint, wish.logprobs, wish.lookup, wish.persist
         )
-        return Stream(self._engine.submit(request), self.tokenizer.token_bytes, len(prompt), wish.stop, wish.progress)
+        return Stream(self._engine.submit(request), self.tokenizer.token_bytes, len(prompt), wish.stop, wish.progress, self)
 
     def _grammar(self, form: Spec) -> Grammar:
         from qwen2_local import grammar

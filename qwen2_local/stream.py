@@ -23,10 +23,20 @@ class Stream:
     """The whole, once the stream has ended."""
 
     def __init__(
-        self, reply: Reply, token_bytes: Callable[[int], bytes], prompt_tokens: int, stop: Sequence[str] = (), progress: Progress | None = None
+        self,
+        reply: Reply,
+        token_bytes: Callable[[int], bytes],
+        prompt_tokens: int,
+        stop: Sequence[str] = (),
+        progress: Progress | None = None,
+        model: object = None,
     ) -> None:
-        """token_bytes: what a token stands for. stop: strings that end the text. Raises InvalidSampling for an empty one."""
+        """token_bytes: what a token stands for. stop: strings that end the text. model: stays loaded as long as this is here.
+
+        Raises InvalidSampling for an empty stop string.
+        """
         self.completion = None
+        self._model = model
         self._reply = reply
         self._bytes = token_bytes
         self._progress = progress

@@ -27,6 +27,7 @@ FLOORS = (
     ("engine",),
     ("loading", "doctor"),
     ("worker",),
+    ("options", "stream", "many", "aio"),
     ("chat", "model"),
     ("cli", "qwen2_tui"),
 )
