@@ -132,11 +132,13 @@ class Alone:
 
     def __init__(self, path: Path, context: int, sequences: int = 1) -> None:
         self.backend = checked.load(path, layout=Layout(sequences, context), options=LoadOptions("", context))
+        self.opened = False
 
     def read(self, prompt: Sequence[int], choice: Choice) -> int:
         backend = self.backend
-        backend.arrange(backend.layout)
-        sequence = backend.open()
+        if self.opened:
+            backend.free(0)
+        sequence, self.opened = backend.open(), True
         for start in range(0, len(prompt), SLICE):
             wanted = [choice] if start + SLICE >= len(prompt) else []
             (result,) = backend.step([Row(sequence, prompt[start : start + SLICE], wanted)])
@@ -157,9 +159,7 @@ class Alone:
 
     def together(self, length: int, steps: int) -> float:
         backend, choice = self.backend, Choice(self.backend.info.vocabulary)
-        try:
-            backend.trim(7, length)
-        except Exception:
+        if not self.opened:
             self.read(random_tokens(length, backend.info.vocabulary, 1), choice)
             for _ in range(7):
                 backend.fork(0, length)
