@@ -1,4 +1,4 @@
-"""The engine, with a backend that only counts: order, reuse of the prefix, stopping, failing, closing."""
+"""The engine and one request at a time, with a backend that only counts: order, reuse of the prefix, stopping, failing, closing."""
 
 from __future__ import annotations
 
@@ -12,40 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qwen2_local.engine import Engine, Event, Finished, Prefilled, Request, Token
+from qwen2_local.engine import Engine, Finished, Prefilled, Token
 from qwen2_local.errors import BackendError, ContextOverflow, DoesNotFit, Qwen2LocalError, UsageError
-from qwen2_local.types import Sampling
+from tests.support.engines import Harness, cached, end, request, tokens
 from tests.support.scripted import VOCABULARY, Scripted
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[2]
 
 
-class Harness:
-    """An engine and its backend."""
-
-    def __init__(self, **settings: int) -> None:
-        made: list[Scripted] = []
-
-        def load() -> Scripted:
-            made.append(Scripted(**settings))
-            return made[0]
-
-        self.engine = Engine(load)
-        self.backend = made[0]
-
-    def run(self, *prompt: int, **more) -> list[Event]:
-        return list(self.engine.generate(request(*prompt, **more)))
-
-
 @pytest.fixture
 def make() -> Iterator[Callable[..., Harness]]:
     made: list[Harness] = []
 
-    def one(**settings: int) -> Harness:
+    def one(**settings: Any) -> Harness:
         made.append(Harness(**settings))
         return made[-1]
 
@@ -58,25 +42,6 @@ def make() -> Iterator[Callable[..., Harness]]:
 @pytest.fixture
 def harness(make: Callable[..., Harness]) -> Harness:
     return make()
-
-
-def request(*prompt: int, stops: set[int] = frozenset(), max_tokens: int | None = 3, **sampling) -> Request:
-    return Request(prompt, Sampling(**sampling), frozenset(stops), VOCABULARY, max_tokens)
-
-
-def tokens(events: list[Event]) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
-
-
-def end(events: list[Event]) -> str:
-    (finished,) = [event for event in events if isinstance(event, Finished)]
-    assert events[-1] is finished
-    return finished.reason
-
-
-def cached(events: list[Event]) -> int:
-    (number,) = {event.cached for event in events if isinstance(event, Prefilled)}
-    return number
 
 
 # One reply
@@ -136,11 +101,11 @@ def test_a_prompt_that_fills_the_context_is_refused_with_both_counts(make: Calla
     assert harness.backend.steps == []
 
 
-def test_prefill_goes_in_slices_that_grow_up_to_the_backends_most(make: Callable[..., Harness]) -> None:
+def test_prefill_goes_in_slices_of_the_backends_most(make: Callable[..., Harness]) -> None:
     harness = make(context=1000, step_tokens=200)
     events = harness.run(*range(700), max_tokens=1)
-    assert [len(part) for _, part in harness.backend.steps] == [64, 128, 200, 200, 108]
-    assert [event.done for event in events if isinstance(event, Prefilled)] == [0, 64, 192, 392, 592, 700]
+    assert [len(part) for _, part in harness.backend.steps] == [200, 200, 200, 100], "alone: a cancel breaks even a long one off"
+    assert [event.done for event in events if isinstance(event, Prefilled)] == [0, 200, 400, 600, 700]
     assert {event.total for event in events if isinstance(event, Prefilled)} == {700}
     assert tuple(token for _, part in harness.backend.steps for token in part) == tuple(range(700))
 
@@ -163,8 +128,8 @@ def test_times_are_of_this_reply(make: Callable[..., Harness]) -> None:
 
 def test_greedy_asks_for_no_random_number(harness: Harness) -> None:
     harness.run(1, 2)
-    assert {(choice.temperature, choice.uniform, choice.limit, choice.penalized) for choice in harness.backend.choices} == {
-        (0.0, 0.0, VOCABULARY, ())
+    assert {(choice.temperature, choice.uniform, choice.limit, len(choice.penalized)) for choice in harness.backend.choices} == {
+        (0.0, 0.0, VOCABULARY, 0)
     }
 
 
@@ -273,21 +238,38 @@ def test_closing_between_steps_stops_too(make: Callable[..., Harness]) -> None:
     assert len(harness.backend.steps) < 50_000
 
 
-def test_one_that_was_stopped_before_its_turn_leaves_the_sequence_alone(harness: Harness) -> None:
+def test_one_that_was_stopped_before_its_turn_leaves_the_sequence_alone(make: Callable[..., Harness]) -> None:
+    harness = make(parallel=1)
     harness.run(1, 2, 3)
     harness.backend.hold_from = 3
     running = harness.engine.generate(request(1, 2, 3, 4, 9))
     next(running)
     harness.backend.held.acquire()
-    stopped = threading.Event()
-    stopped.set()
-    events: list[object] = []
-    harness.engine._jobs.put(lambda: harness.engine._run(request(600, 601), 100, events.append, stopped))
+    waiting = harness.engine.submit(request(600, 601))
+    waiting.cancel()
     harness.backend.hold_from = None
     harness.backend.go.release()
     assert tokens(list(running)) == [10, 11, 12]
     assert cached(harness.run(1, 2, 3, 4, 9, 10, 11, 30)) == 7
-    assert events == [Finished("cancelled", 0.0, 0.0)]
+    assert list(waiting) == [Finished("cancelled", 0.0, 0.0)]
+
+
+def test_any_thread_may_cancel(harness: Harness) -> None:
+    harness.backend.hold_from = 2
+    reply = harness.engine.submit(request(1, max_tokens=None))
+    harness.backend.held.acquire()
+    threading.Thread(target=reply.cancel).start()
+    events = list(reply)
+    assert tokens(events) == [2, 3], "what came until then can be read"
+    assert end(events) == "cancelled"
+
+
+def test_a_cancel_after_the_end_is_nothing(harness: Harness) -> None:
+    reply = harness.engine.submit(request(1))
+    events = list(reply)
+    reply.cancel()
+    assert end(events) == "length"
+    assert list(reply) == []
 
 
 def test_a_late_cancel_does_not_hit_the_next_reply(harness: Harness) -> None:
@@ -327,34 +309,25 @@ def test_the_garbage_collector_may_stop_a_reply_inside_the_lock(harness: Harness
     assert tokens(harness.run(500)) == [501, 502, 503]
 
 
-def test_many_callers_are_served_in_order_each_with_its_own(harness: Harness) -> None:
+def test_many_callers_are_served_in_order_each_with_its_own(make: Callable[..., Harness]) -> None:
+    harness = make(parallel=1)
     harness.backend.hold_from = 0
-    served: list[int] = []
-    results: dict[int, list[int]] = {}
-
-    def call(number: int) -> None:
-        for event in harness.engine.generate(request(number * 10, max_tokens=5)):
-            if isinstance(event, Prefilled) and event.done == 0:
-                served.append(number)
-            if isinstance(event, Token):
-                results.setdefault(number, []).append(event.id)
-
-    threads = []
-    for number in range(1, 21):
-        threads.append(threading.Thread(target=call, args=(number,), daemon=True))
-        threads[-1].start()
-        while harness.engine._jobs.qsize() < number - 1:  # the first is taken off the queue
-            time.sleep(0.001)
-        if number == 1:
-            harness.backend.held.acquire()
+    replies = [harness.engine.submit(request(number * 10, max_tokens=5)) for number in range(1, 21)]
     harness.backend.hold_from = None
     harness.backend.go.release()
+    results: dict[int, list[int]] = {}
+
+    def read(number: int) -> None:
+        results[number] = tokens(list(replies[number - 1]))
+
+    threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(1, 21)]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join(20)
     assert results == {number: [number * 10 + n for n in range(1, 6)] for number in range(1, 21)}
     order = [part[0] // 10 for start, part in harness.backend.steps if start == 0]
     assert order == list(range(1, 21))
-    assert sorted(served) == list(range(1, 21))
 
 
 # Failures
@@ -469,23 +442,14 @@ def test_what_was_computed_before_the_close_can_still_be_read(harness: Harness) 
     assert tokens(got) in ([2, 3], [2, 3, 4])
 
 
-def test_closing_ends_what_runs_and_what_waits_as_cancelled(harness: Harness) -> None:
+def test_closing_ends_what_runs_and_what_waits_as_cancelled(make: Callable[..., Harness]) -> None:
+    harness = make(parallel=1)
     harness.backend.hold_from = 1
-    ends: dict[str, str] = {}
-
-    def call(name: str, prompt: int) -> None:
-        ends[name] = end(harness.run(prompt, max_tokens=None))
-
-    threads = [threading.Thread(target=call, args=("running", 1), daemon=True), threading.Thread(target=call, args=("waiting", 500), daemon=True)]
-    threads[0].start()
+    running, waiting = (harness.engine.submit(request(prompt, max_tokens=None)) for prompt in (1, 500))
     harness.backend.held.acquire()
-    threads[1].start()
-    while harness.engine._jobs.qsize() < 1:
-        time.sleep(0.001)
     harness.engine.close()
-    for thread in threads:
-        thread.join(5)
-    assert ends == {"running": "cancelled", "waiting": "cancelled"}
+    assert end(list(running)) == "cancelled"
+    assert end(list(waiting)) == "cancelled"
     assert harness.backend.closed == 1
     assert len(harness.backend.steps) == 2
 
@@ -519,7 +483,7 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
         from qwen2_local.engine import Engine
         from qwen2_local.errors import UsageError
         from tests.support.scripted import Scripted
-        from tests.unit.test_engine import request
+        from tests.support.engines import request
         engine = Engine(lambda: Scripted(context=100_000))
     """
     command = [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)]
