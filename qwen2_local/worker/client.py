@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import threading
 import time
@@ -60,7 +61,7 @@ class RemoteEngine:
         """
         number = next(self._numbers)
         mailbox: Mailbox[Event] = Mailbox()
-        constraint = None if request.constraint is None else request.constraint.spec.plain()
+        constraint = None if request.constraint is None else json.dumps(request.constraint.spec.plain())
         order = Generate(
             number, request.prompt, request.sampling, request.stops, request.limit, request.max_tokens, constraint, request.logprobs, request.lookup,
             request.persist,

@@ -1,7 +1,7 @@
 """Plain dataclasses to JSON and back. What comes back is checked against the types of the fields; nothing else is ever made of it.
 
 A dataclass becomes the list of its fields, in their order: both ends are of one version. Known are dataclasses, int, float, str, bool, None,
-Path, `X | None`, tuple[X, ...], tuple[X, Y], frozenset[X], Mapping[X, Y], Literal, and object for any JSON.
+Path, `X | None`, tuple[X, ...], tuple[X, Y], frozenset[X], Mapping[X, Y] and Literal.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ def _unpacker(kind: Any) -> _Unpack:
         return lambda value: value if value is None else _refuse(value, "nothing")
     if kind is Path:
         return lambda value: Path(value) if isinstance(value, str) else _refuse(value, "a path")
-    if kind is object:
-        return lambda value: value
     if is_dataclass(kind):
         return _dataclass(kind)
     return _generic(kind)

@@ -35,7 +35,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """A `Request` under a number of the parent's. constraint: what its grammar was made of, as JSON, or None."""
+    """A `Request` under a number of the parent's. constraint: what its grammar was made of (`Spec.plain`), as a text of JSON."""
 
     number: int
     prompt: tuple[int, ...]
@@ -43,7 +43,7 @@ class Generate:
     stops: frozenset[int]
     limit: int
     max_tokens: int | None
-    constraint: object
+    constraint: str | None
     logprobs: int | None
     lookup: bool
     persist: bool

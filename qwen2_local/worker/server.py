@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from qwen2_local import __version__
 from qwen2_local.engine import Prefilled, Request, Token
@@ -21,7 +22,11 @@ from qwen2_local.errors import BackendError
 from qwen2_local.worker import messages
 from qwen2_local.worker.frames import Decoder, FrameError
 from qwen2_local.worker.messages import Answer, Cancel, Ended, Failed, Forget, Forgotten, Generate, Loaded, Order, Progress, Score, Scored, Start
-from qwen2_local.worker.setup import LocalEngine
+from qwen2_local.worker.setup import LocalEngine, Setup
+
+if TYPE_CHECKING:
+    from qwen2_local.grammar import Constraint
+    from qwen2_local.worker.constraints import Constraints
 
 _log = logging.getLogger("qwen2_local.worker")
 
@@ -58,7 +63,9 @@ class _Server:
     def __init__(self, sink: int) -> None:
         self._sink = sink
         self._writing = threading.Lock()
+        self._setup: Setup | None = None
         self._engine: LocalEngine | None = None
+        self._grammars: Constraints | None = None
         self._ready = threading.Event()
         self._started = False
         self._lock = threading.Lock()
@@ -130,6 +137,7 @@ class _Server:
     def _load(self, order: Start) -> None:
         if (order.protocol, order.version) != (messages.PROTOCOL, __version__):
             raise BackendError(f"qwen2-local is of version {__version__} now, not {order.version} any more.", hint="Start the program again.")
+        self._setup = order.setup
         self._engine = LocalEngine(order.setup)
         self.answer(Loaded(messages.PROTOCOL, __version__, self._engine.info))
         self._ready.set()
@@ -141,7 +149,7 @@ class _Server:
 
     def _generate(self, order: Generate) -> None:
         engine = self._require()
-        constraint = None
+        constraint = None if order.constraint is None else self._constraint(order, order.constraint)
         reply = engine.submit(
             Request(
                 order.prompt, order.sampling, order.stops, order.limit, order.max_tokens, constraint, order.logprobs, order.lookup, order.persist
@@ -160,6 +168,15 @@ class _Server:
                     self.answer(Progress(order.number, prefilled=event))
                 case _:
                     self.answer(Ended(order.number, event))
+
+    def _constraint(self, order: Generate, plain: str) -> Constraint:
+        with self._lock:
+            if self._grammars is None:
+                from qwen2_local.worker.constraints import Constraints  # rarely needed, and slow to import
+
+                assert self._setup is not None
+                self._grammars = Constraints(self._setup.tokenizer)
+        return self._grammars.start(plain, order.limit, order.stops)
 
     def _score(self, order: Score) -> None:
         scores = self._require().score(order.tokens, order.limit)
