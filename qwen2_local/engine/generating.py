@@ -105,9 +105,9 @@ class Generation(Work):
         assert self._reason is not None
         self._end(self._reason, chunks)
 
-    def stop(self) -> None:
+    def stop(self, chunks: tuple[str, ...]) -> None:
         """What came until now stands."""
-        self._end("cancelled", ())
+        self._end("cancelled", chunks)
 
     def _tell_progress(self) -> None:
         assert self._cached is not None

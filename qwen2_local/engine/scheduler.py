@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen2_local.backends.base import Backend, Layout, RowResult
 from qwen2_local.engine.common import common
-from qwen2_local.engine.device import Device, Held
+from qwen2_local.engine.device import Device
 from qwen2_local.engine.layout import Bounds
 from qwen2_local.engine.prefix import Prefixes
 from qwen2_local.engine.reply import Mailbox
@@ -101,7 +101,7 @@ class Scheduler:
         """End those who wait and were cancelled. Called when a caller said so, as looking at all of them takes time."""
         for work in [work for work in self._waiting if work.mailbox.cancelled]:
             self._waiting.remove(work)
-            work.stop()
+            work.stop(())
             self._ended()
 
     def chores(self) -> float | None:
@@ -289,25 +289,24 @@ class Scheduler:
     # How a request ends
 
     def _end(self, work: Work) -> None:
-        held = self._leave(work)
-        work.finish(self._prefixes.names(held) if work.kept else ())
+        work.finish(self._leave(work))
         self._ended()
 
     def _settle_cancelled(self) -> None:
         for work in [work for work in self._live if work.mailbox.cancelled]:
-            self._leave(work)
-            work.stop()
+            work.stop(self._leave(work))
             self._ended()
 
-    def _leave(self, work: Work) -> Held:
-        """Off the device; its sequence stays there if it is worth it."""
+    def _leave(self, work: Work) -> tuple[str, ...]:
+        """Its sequence stays on the device, if it is worth it. The names of the chunks that it is kept under."""
         self._live.remove(work)
         held, work.held = work.sequence, None
-        if work.kept:
-            self._prefixes.keep(held)
-        else:
+        if not work.kept:
             self.device.free(held)
-        return held
+            return ()
+        names = self._prefixes.names(held)
+        self._prefixes.keep(held)
+        return names
 
     def _fail(self, works: Sequence[Work], error: BaseException) -> None:
         """Nothing of the sequences of these requests is trusted any more."""

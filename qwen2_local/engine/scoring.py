@@ -57,6 +57,6 @@ class Scoring(Work):
         """The scores of all."""
         self.mailbox.put(self._done)
 
-    def stop(self) -> None:
+    def stop(self, chunks: tuple[str, ...]) -> None:
         """There is no score of a part."""
         self.mailbox.put(Cancelled("Stopped."))

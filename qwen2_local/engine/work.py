@@ -81,7 +81,7 @@ class Work(ABC):
         """Tell its caller the end."""
 
     @abstractmethod
-    def stop(self) -> None:
+    def stop(self, chunks: tuple[str, ...]) -> None:
         """Tell its caller that it ended as cancelled."""
 
     def fail(self, error: BaseException) -> None:
