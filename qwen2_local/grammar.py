@@ -131,7 +131,8 @@ class Constraint:
         self._settle()
         self._ahead = None
         if not self._matcher.consume_token(token):
-            _require_sound(self._matcher, self.spec)
+            if "TooComplex" in self._matcher.stop_reason():
+                _require_sound(self._matcher, self.spec)
             raise BackendError(f"The token {token} does not fit the form of the reply.", hint="This is a fault of the program: please report it.")
         if not self._matcher.is_stopped():
             self._look_ahead()
@@ -306,7 +307,9 @@ _JSON: Any = {
     "json_allowed_escapes": 'nrbtf\\"',
     "json_allow_general_unicode_escapes": False,
 }
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_NEVER = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+"""Lone surrogates, and control characters that JSON has no short escape for."""
+
 _NOTES = frozenset({"password", "binary", "byte", "path", "file-path", "directory-path"})
 """Formats that ask nothing of the text."""
 
@@ -316,10 +319,9 @@ def _too_large(spec: Spec) -> UnsupportedSchema:
 
 
 def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedSchema("The form holds a lone surrogate, which is no valid text.", hint=_FORMS) from error
+    """`text` itself. Raises UnsupportedSchema for what no reply holds, or can be escaped in one way only."""
+    if found := _NEVER.search(text):
+        raise UnsupportedSchema(f"The form holds a character that replies cannot have (U+{ord(found[0]):04X}).", hint=_SIMPLER)
     return text
 
 
@@ -334,9 +336,7 @@ def _checked(schema: object) -> object:
         if left < 0 or depth > _MOST_DEPTH:
             raise UnsupportedSchema("The JSON schema is too large, or nested too deeply.", hint=_SIMPLER)
         if isinstance(value, str):
-            if _CONTROL.search(_text(value)):
-                raise UnsupportedSchema("The JSON schema holds control characters.", hint=_SIMPLER)
-            return value
+            return _text(value)
         if value is None or isinstance(value, (bool, int, float)):
             return value
         if isinstance(value, Mapping):
@@ -354,7 +354,9 @@ def _checked(schema: object) -> object:
             return [copy(inner, depth + 1, data) for inner in value]
         raise UnsupportedSchema(f"The JSON schema holds a {type(value).__name__}, which is no JSON.", hint=_FORMS)
 
-    if not isinstance(schema, (Mapping, bool)):
+    if isinstance(schema, bool):
+        return {} if schema else {"enum": []}
+    if not isinstance(schema, Mapping):
         raise UnsupportedSchema("The JSON schema is neither an object nor true or false.", hint=_FORMS)
     return copy(schema, 0, False)
 
