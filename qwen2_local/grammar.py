@@ -109,15 +109,11 @@ class Constraint:
     def __init__(self, matcher: llguidance.LLMatcher, spec: Spec) -> None:
         """Prefer `Grammar.start`."""
         self.spec = spec
+        self.ended = matcher.is_stopped()
+        """May nothing but a stop follow?"""
         self._matcher = matcher
         self._ahead: Future[Mask] | None = None
         self._look_ahead()
-
-    @property
-    def ended(self) -> bool:
-        """May nothing but a stop follow?"""
-        self._settle()
-        return self._matcher.is_stopped()
 
     def mask(self) -> Mask:
         """Which ids may come next, stops among them where the reply may end. Raises UnsupportedSchema if the grammar has grown too complex."""
@@ -134,7 +130,8 @@ class Constraint:
             if "TooComplex" in self._matcher.stop_reason():
                 _require_sound(self._matcher, self.spec)
             raise BackendError(f"The token {token} does not fit the form of the reply.", hint="This is a fault of the program: please report it.")
-        if not self._matcher.is_stopped():
+        self.ended = self._matcher.is_stopped()
+        if not self.ended:
             self._look_ahead()
 
     def rollback(self, count: int) -> None:
@@ -143,6 +140,7 @@ class Constraint:
         self._ahead = None
         if count and not self._matcher.rollback(count):
             _require_sound(self._matcher, self.spec)
+        self.ended = self._matcher.is_stopped()
 
     def allowed(self, tokens: Sequence[int]) -> int:
         """How many of these tokens could be accepted, one after the other."""
