@@ -126,13 +126,11 @@ def from_markdown(text: str, where: str) -> ChatRecord:
             title = line[2:].strip()
     if not messages:
         raise BadFile(f'{where} is no conversation: no line reads "## user".', hint=_HINT)
-    # An empty line behind each heading, and one before the next.
+    # An empty line behind each heading, and one behind each text.
     pairs = []
-    for number, (role, lines) in enumerate(messages):
-        lines = lines[1:] if lines and not lines[0] else lines
-        for _ in range(1 if number == len(messages) - 1 else 2):
-            lines = lines[:-1] if lines and not lines[-1] else lines
-        pairs.append((role, "\n".join(lines)))
+    for role, lines in messages:
+        begin, end = (1 if lines[:1] == [""] else 0), (-1 if len(lines) > 1 and not lines[-1] else None)
+        pairs.append((role, "\n".join(lines[begin:end])))
     return _line(pairs, title, where)
 
 
@@ -233,7 +231,7 @@ def _message(given: Mapping[str, Any], number: int, where: str) -> ChatMessage:
     ours["left_out"] = _whole(given.get("left_out", 0), where, "left_out", _MOST_MESSAGES)
     if given.get("sampling") is not None:
         try:
-            ours["sampling"] = sampling_from(given["sampling"] if isinstance(given["sampling"], dict) else {"": 0})
+            ours["sampling"] = sampling_from(given["sampling"])
         except InvalidSampling as error:
             _refuse(where, f"its sampling is none: {error.what}")
     if given.get("usage") is not None:

@@ -101,9 +101,8 @@ def title_of(question: str) -> str:
     line = next((line for line in map(str.strip, clean_line_by_line(question)) if line), "")
     if len(line) <= _TITLE:
         return line
-    cut = line[: _TITLE - 1]
-    head, space, _ = cut.rpartition(" ")
-    return (head if space and len(head) > _TITLE // 2 else cut).rstrip() + "…"
+    head = line[:_TITLE].rpartition(" ")[0]
+    return (head if len(head) > _TITLE // 2 else line[: _TITLE - 1]).rstrip() + "…"
 
 
 def clean_line_by_line(text: str) -> list[str]:
@@ -143,8 +142,10 @@ def sampling_object(sampling: Sampling) -> dict[str, Any]:
     return given
 
 
-def sampling_from(given: Mapping[str, Any]) -> Sampling:
+def sampling_from(given: object) -> Sampling:
     """The reverse. Raises InvalidSampling for what is none, with a name that is not known as well."""
+    if not isinstance(given, dict):
+        raise InvalidSampling("A sampling is no object.", hint="See the documentation of `Sampling`.")
     unknown = set(given) - {one.name for one in fields(Sampling)}
     if unknown:
         raise InvalidSampling(f"A sampling has no {min(unknown)[:40]!r}.", hint="It may come from a newer version of this program.")

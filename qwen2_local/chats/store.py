@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -177,7 +178,7 @@ class ChatStore:
             _changed(db.execute("UPDATE chats SET used = ? WHERE id = ?", (now, _number(chat))), chat)
             if message.role == "user":
                 db.execute("UPDATE chats SET title = ? WHERE id = ? AND NOT named AND title = ''", (title_of(message.text), chat))
-            number = _insert(db, chat, message.parent, message, index=index)
+            number = _insert(db, chat, message.parent, replace(message, created=message.created or now), index=index)
             db.execute("UPDATE chats SET tip = ? WHERE id = ?", (number, chat))
         return number
 
@@ -315,7 +316,7 @@ def _columns(message: ChatMessage) -> dict[str, Any]:
 
 
 def _insert(db: sqlite3.Connection, chat: int, parent: int | None, message: ChatMessage, *, index: bool) -> int:
-    values = {"chat": chat, "parent": parent, "role": message.role, "created": message.created or time.time(), "indexed": index, **_columns(message)}
+    values = {"chat": chat, "parent": parent, "role": message.role, "created": message.created, "indexed": index, **_columns(message)}
     names = ", ".join(values)
     places = ", ".join(f":{name}" for name in values)
     number = _inserted(db.execute(f"INSERT INTO messages({names}) VALUES ({places})", values))

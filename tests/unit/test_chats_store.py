@@ -1,0 +1,286 @@
+"""The chats on disk: kept, ordered, found by their words, and gone once deleted."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, path_to
+from qwen2_local.chats.records import load_sampling, title_of
+from qwen2_local.errors import InvalidPrompt, UnknownChat, UsageError
+from qwen2_local.types import Sampling, Usage
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "chats.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[ChatStore]:
+    with ChatStore.open(path) as store:
+        yield store
+
+
+def talk(store: ChatStore, *texts: str) -> int:
+    """A chat of questions and replies, in turns."""
+    chat, parent = store.create(), None
+    for number, text in enumerate(texts):
+        parent = store.add(chat, ChatMessage("assistant" if number % 2 else "user", text, parent=parent))
+    return chat
+
+
+def texts(record: ChatRecord) -> list[str]:
+    return [message.text for message in path_to({message.id: message for message in record.messages}, record.tip)]
+
+
+def test_every_field_of_a_message_comes_back(store: ChatStore, path: Path) -> None:
+    chat = store.create()
+    asked = store.add(chat, ChatMessage("user", "a\0b 汉字\r\n", created=5.0))
+    reply = ChatMessage(
+        role="assistant",
+        text="é",
+        parent=asked,
+        state="partial",
+        created=7.5,
+        tokens=(0, 151_000, 2**31 - 1),
+        tokenizer="ab12",
+        model="7b:q4_0",
+        sampling=Sampling(temperature=0.7, seed=2**64 - 1, logit_bias={5: -1.5}),
+        finish_reason="cancelled",
+        usage=Usage(100, 90, 3, 0.25, 0.5, 8, 6),
+        left_out=4,
+    )
+    number = store.add(chat, reply)
+    with ChatStore.open(path) as other:
+        record = other.record(chat)
+    assert record.messages == (ChatMessage("user", "a\0b 汉字\r\n", asked, created=5.0), replace(reply, id=number))
+    assert record.tip == number
+
+
+def test_messages_with_one_parent_are_alternatives(store: ChatStore) -> None:
+    chat = talk(store, "rivers", "Mekong")
+    store.add(chat, ChatMessage("user", "lakes"))
+    assert texts(store.record(chat)) == ["lakes"]
+    assert len(store.record(chat).messages) == 3
+    store.end_with(chat, store.record(chat).messages[1].id)
+    assert texts(store.record(chat)) == ["rivers", "Mekong"]
+
+
+def test_a_reply_may_grow(store: ChatStore) -> None:
+    chat = talk(store, "question")
+    number = store.add(chat, ChatMessage("assistant", "Once", state="partial", parent=store.record(chat).tip), index=False)
+    grown = ChatMessage("assistant", "Once upon", number, tokens=(1, 2))
+    store.update(chat, grown)
+    last = store.record(chat).messages[-1]
+    assert (last.text, last.state, last.tokens) == ("Once upon", "whole", (1, 2))
+    assert [hit.message for hit in store.search("upon")] == [number]
+
+
+def test_pinned_chats_come_first_then_the_last_used(store: ChatStore) -> None:
+    first, second, third = (talk(store, text) for text in ("one", "two", "three"))
+    store.add(second, ChatMessage("user", "again", parent=store.record(second).tip))
+    store.pin(first)
+    assert [one.id for one in store.summaries()] == [first, second, third]
+    assert [one.id for one in store.summaries(limit=1, offset=1)] == [second]
+    store.pin(first, False)
+    assert [one.id for one in store.summaries()][-1] == first
+    assert [(one.messages, one.pinned) for one in store.summaries()] == [(2, False), (1, False), (1, False)]
+
+
+def test_the_title_is_the_first_question_until_one_is_given(store: ChatStore) -> None:
+    chat = talk(store, "\n  Which rivers\tcross Laos?\nGive lengths.", "The Mekong.", "And dams?")
+    assert (store.summary(chat).title, store.summary(chat).named) == ("Which rivers cross Laos?", False)
+    store.rename(chat, " Rivers \n of Laos ")
+    store.add(chat, ChatMessage("user", "more", parent=store.record(chat).tip))
+    assert (store.summary(chat).title, store.summary(chat).named) == ("Rivers of Laos", True)
+    store.rename(chat, "")
+    assert (store.summary(chat).title, store.summary(chat).named) == ("Which rivers cross Laos?", False)
+
+
+@pytest.mark.parametrize(
+    ("question", "title"),
+    [("", ""), (" \n ", ""), ("a" * 60, "a" * 60), ("a" * 61, "a" * 59 + "…"), ("word " * 20, "word " * 11 + "word…"), ("\x1b[31mred", "[31mred")],
+)
+def test_titles_are_short_and_harmless(question: str, title: str) -> None:
+    assert title_of(question) == title
+
+
+def test_chats_that_are_not_there(store: ChatStore) -> None:
+    gone = talk(store, "x")
+    store.delete([gone])
+    assert talk(store, "y") != gone, "no number is given twice"
+    calls = (store.record, store.summary, store.pin, lambda chat: store.rename(chat, "a"), lambda chat: store.delete([chat]))
+    for call in (*calls, lambda chat: store.add(chat, ChatMessage("user", "a")), lambda chat: store.keep_chunks(chat, ["a"])):
+        for number in (gone, -1, 2**64, 10**6):
+            with pytest.raises(UnknownChat, match=str(number)):
+                call(number)
+    assert len(store.summaries()) == 1
+
+
+def test_a_closed_store_says_so(store: ChatStore) -> None:
+    store.close()
+    store.close()
+    with pytest.raises(UsageError, match="closed"):
+        store.create()
+
+
+# Search
+
+
+CHINESE = "天空为什么是蓝色的？因为空气分子散射阳光。"
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("天空", True), ("蓝色", True), ("空", True), ("散射阳光", True), ("天空 阳光", True), ("色蓝", False), ("天色", False),
+        ("quantization", True), ("QUANT", True), ("cafe", True), ("CAFÉ", True), ("uantization", False), ("Q4_K_M", True), ("quantization 蓝色", True),
+        ("quantization weather", False), ("ไทย", True), ("にほん", True), ("русский", True), ("Русс", True), ('"quoted" AND', False), ("NEAR(", False),
+        ("café*", True), ("x OR quantization", False), ("text:cafe", False), ("", False), ("***", False), ("\0", False), ('""', False),
+    ],
+)  # fmt: skip
+def test_what_is_found(store: ChatStore, query: str, found: bool) -> None:
+    talk(store, CHINESE, "Quantization to Q4_K_M in a café; ภาษาไทย, にほんご, русский язык")
+    chat = talk(store, f"{CHINESE} Quantization to Q4_K_M in a café; ภาษาไทย, にほんご, русский язык")
+    assert [hit.chat.id for hit in store.search(query)][:1] == ([chat] if found else [])
+
+
+def test_a_chat_is_found_once_with_its_newest_message(store: ChatStore) -> None:
+    old, new = talk(store, "zebra one", "zebra two", "horse"), talk(store, "horse", "a zebra, at last, behind " + "many words " * 30)
+    hits = store.search("zebra")
+    assert [hit.chat.id for hit in hits] == [new, old]
+    assert hits[1].excerpt == "zebra two"
+    assert hits[0].excerpt.startswith("a zebra, at last")
+    assert hits[0].excerpt.endswith("…")
+    assert [hit.chat.id for hit in store.search("zebra", limit=1)] == [new]
+
+
+def test_titles_that_were_given_are_found(store: ChatStore) -> None:
+    chat = talk(store, "something else")
+    store.rename(chat, "Rivers of Laos 老挝的河流")
+    for query in ("rivers laos", "河流"):
+        assert [(hit.chat.id, hit.message, hit.excerpt) for hit in store.search(query)] == [(chat, None, "Rivers of Laos 老挝的河流")]
+
+
+def test_a_reply_that_broke_off_is_found(store: ChatStore, path: Path) -> None:
+    chat = talk(store, "question")
+    store.add(chat, ChatMessage("assistant", "a giraffe and", state="partial", parent=store.record(chat).tip), index=False)
+    with ChatStore.open(path) as other:
+        assert [hit.chat.id for hit in other.search("giraffe")] == [chat]
+
+
+def test_a_query_that_is_no_text(store: ChatStore) -> None:
+    with pytest.raises(InvalidPrompt):
+        store.search("a\udc80")
+
+
+# Deletion
+
+
+def everything_on_disk(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+def index_terms(path: Path) -> set[str]:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab('main', 'words', 'row')")
+        terms = {term for (term,) in db.execute("SELECT term FROM temp.terms")}
+    db.close()
+    return terms
+
+
+def test_what_is_deleted_is_nowhere_on_the_disk(store: ChatStore, path: Path) -> None:
+    stays = talk(store, "ordinary words stay", "普通")
+    secrets = ("xylophonequartz", "wildebeestorbit", "秘密口令")
+    chats = [talk(store, f"{secret} number {number}", f"of {secret}", "long " * 3000 + secret) for number, secret in enumerate(secrets * 5)]
+    for chat in chats:
+        store.rename(chat, f"titled {secrets[0]}")
+    before = everything_on_disk(path.parent)
+    assert all(secret.encode() in before for secret in secrets), "the test can see what is there"
+    store.delete(chats)
+    after = everything_on_disk(path.parent)
+    for secret in secrets:
+        # The index cuts words where the one before begins alike.
+        for part in (secret, secret[1:], secret[2:], secret[-6:]):
+            assert part.encode() not in after
+        assert "秘".encode() not in after
+    assert index_terms(path) == {"ordinary", "words", "stay", "普", "通"}
+    assert [hit.chat.id for hit in store.search("普通")] == [stays]
+    assert [one.id for one in store.summaries()] == [stays]
+
+
+def test_also_text_that_a_growing_reply_replaced(store: ChatStore, path: Path) -> None:
+    chat = talk(store, "question")
+    number = store.add(chat, ChatMessage("assistant", "hippogriffin", state="partial", parent=store.record(chat).tip))
+    store.update(chat, ChatMessage("assistant", "something else", number))
+    store.delete([chat])
+    assert b"ippogriff" not in everything_on_disk(path.parent)
+
+
+def test_deleting_names_the_kv_chunks_that_no_other_chat_has(store: ChatStore) -> None:
+    one, two, three = (talk(store, "x") for _ in range(3))
+    store.keep_chunks(one, ["common", "a", "a"])
+    store.keep_chunks(two, ["common", "b"])
+    store.keep_chunks(three, ["common", "a", "c"])
+    assert set(store.delete([two])) == {"b"}
+    assert set(store.delete([one, three])) == {"common", "a", "c"}
+
+
+def test_deleting_is_all_or_nothing(store: ChatStore) -> None:
+    chat = talk(store, "x")
+    with pytest.raises(UnknownChat):
+        store.delete([chat, 999])
+    assert [one.id for one in store.summaries()] == [chat]
+    assert store.search("x")
+    assert store.delete([]) == ()
+
+
+def test_a_chain_of_any_length_can_be_deleted(store: ChatStore) -> None:
+    # SQLite follows references a thousand deep at most.
+    messages = tuple(ChatMessage("user", f"number {number}", number, number - 1 or None) for number in range(1, 1501))
+    chat, _ = store.insert(ChatRecord("long", False, False, 0.0, 0.0, 1500, messages))
+    store.delete([chat])
+    assert store.search("number") == []
+
+
+def test_a_temporary_store_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    opened: list[str] = []
+    plain = os.open
+    monkeypatch.setattr(os, "open", lambda name, *more, **keywords: (opened.append(str(name)), plain(name, *more, **keywords))[1])
+    with ChatStore.temporary() as store:
+        chat = talk(store, "a secret " * 10_000, "a reply")
+        assert store.search("secret")
+        assert not store.kept
+        store.delete([chat])
+    assert opened == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# Files
+
+
+def test_the_file_is_for_its_owner_only(store: ChatStore, path: Path) -> None:
+    talk(store, "x")
+    assert {file.name for file in path.parent.iterdir()} >= {"chats.db", "chats.db-wal"}
+    assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
+
+
+def test_two_that_have_it_open_see_each_other(store: ChatStore, path: Path) -> None:
+    with ChatStore.open(path) as other:
+        chat = talk(store, "x")
+        other.rename(chat, "y")
+        assert store.summary(chat).title == "y"
+        assert [hit.chat.id for hit in other.search("x")] == [chat]
+
+
+def test_samplings_of_other_versions_are_none() -> None:
+    assert load_sampling('{"top_k": 5}') == Sampling(top_k=5)
+    assert [load_sampling(text) for text in (None, "", "[]", '{"new": 1}', '{"top_k": -1}', '{"logit_bias": {"x": 1}}')] == [None] * 6
