@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2_local import backends, files, fit, paths
+from qwen2_local.adapter import Found as FoundAdapter
+from qwen2_local.adapter import find as find_adapter
 from qwen2_local.backends import Stamp
-from qwen2_local.backends.base import Backend, Layout, LoadOptions
+from qwen2_local.backends.base import Layout, LoadOptions
 from qwen2_local.catalog import defaults_of, yarn_context_of
 from qwen2_local.chatml import for_chats, system_of
 from qwen2_local.errors import BadFile, DoesNotFit, UnknownModel, UsageError
+from qwen2_local.formats.check_adapter import check_gguf_adapter
 from qwen2_local.formats.check_gguf import GgufModel, open_gguf
 from qwen2_local.formats.checkpoint import member, open_checkpoint
 from qwen2_local.formats.magic import open_regular
@@ -72,20 +75,19 @@ class Opened:
 
     sampling: its own; stops: ids that end a reply; notes: sentences for the user.
     default_system: what its chats begin with, if they bring nothing; bos: ids that stand before plain text.
-    plan: how to load it, as plain data; load: does it on the calling thread. memory: bytes it is estimated to take; kv_memory: bytes that the KV
-    of all sequences at once may take. kv_cache: may KV be kept on the disk?
+    plan: how to load it. memory: bytes it is estimated to take; kv_memory: bytes that the KV of all sequences at once may take. kv_cache: may
+    KV be kept on the disk?
     """
 
     tokenizer: Tokenizer
     sampling: Sampling
     stops: frozenset[int]
-    load: Callable[[], Backend]
+    plan: backends.Plan
     default_system: str | None
-    bos: tuple[int, ...] = ()
+    bos: tuple[int, ...]
+    memory: int
+    kv_memory: int
     notes: tuple[str, ...] = ()
-    plan: backends.Plan | None = None
-    memory: int = 0
-    kv_memory: int | None = None
     kv_cache: bool = True
 
 
@@ -164,13 +166,15 @@ def _open_gguf(ref: ModelRef, wish: Wish, key: str) -> Opened:
     defaults = from_gguf(keys, tokenizer.special, fallback=defaults_of(model.hidden, model.layers, names, chats=chats), where=where)
     bos = keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") is True else None
     native, stretched = _gguf_contexts(model, names, chats=chats)
-    shape = _Shape(model.weight_bytes, model.kv_values_per_token, 8.5 if wish.kv_bits == 8 else 16, native, stretched)
+    adapter = None if wish.adapter is None else find_adapter(wish.adapter, "gguf")
+    extra = 0 if adapter is None else check_gguf_adapter(adapter.path, model)
+    shape = _Shape(model.weight_bytes + extra, model.kv_values_per_token, 8.5 if wish.kv_bits == 8 else 16, native, stretched)
     room = _room(shape, wish, ref.path.name)
     weights = tuple(Stamp.of(path) for path in model.paths)
-    plan = _plan("llama.cpp", model.paths[0], shape, room, wish, _identity(ref, key, weights), weights)
+    plan = _plan("llama.cpp", model.paths[0], shape, room, wish, _identity(ref, key, weights), weights, adapter)
     return Opened(
-        tokenizer, defaults.sampling, frozenset(defaults.eos), plan.load, system_of(template), _control(tokenizer, [bos]),
-        room.notes, plan, room.memory, room.kv_memory,
+        tokenizer, defaults.sampling, frozenset(defaults.eos), plan, system_of(template), _control(tokenizer, [bos]),
+        room.memory, room.kv_memory, room.notes,
     )  # fmt: skip
 
 
@@ -191,13 +195,15 @@ def _open_mlx(ref: ModelRef, wish: Wish, key: str) -> Opened:
     if config.yarn is None:
         stretched = yarn_context_of(config.hidden, config.layers, config.context, names, experts=config.moe is not None, chats=chats)
     weight_bytes, wide = (model.float32_bytes, 32) if fit.MLX_WIDENS else (model.weight_bytes, 16)
+    adapter = None if wish.adapter is None else find_adapter(wish.adapter, "mlx")  # the backend checks it against the config
+    weight_bytes += 0 if adapter is None else adapter.size * (2 if fit.MLX_WIDENS else 1)
     shape = _Shape(weight_bytes, config.kv_values_per_token, _mlx_kv_bits(wish.kv_bits, wide, config.layers), config.context, stretched)
     room = _room(shape, wish, folder.name)
     weights = tuple(Stamp.of(path) for path in (folder / "config.json", *model.shards))
-    plan = _plan("mlx", folder, shape, room, wish, _identity(ref, key, weights), weights)
+    plan = _plan("mlx", folder, shape, room, wish, _identity(ref, key, weights), weights, adapter)
     return Opened(
-        tokenizer, defaults.sampling, frozenset(defaults.eos), plan.load, system_of(template), _control(tokenizer, [bos]),
-        room.notes, plan, room.memory, room.kv_memory,
+        tokenizer, defaults.sampling, frozenset(defaults.eos), plan, system_of(template), _control(tokenizer, [bos]),
+        room.memory, room.kv_memory, room.notes,
     )  # fmt: skip
 
 
@@ -282,16 +288,20 @@ def _mlx_kv_bits(asked: int, wide: int, layers: int) -> float:
     return (plain * wide + (layers - plain) * (8 + 2 * wide / 64)) / layers
 
 
-def _plan(backend: str, path: Path, shape: _Shape, room: _Room, wish: Wish, identity: str, weights: tuple[Stamp, ...]) -> backends.Plan:
+def _plan(
+    backend: str, path: Path, shape: _Shape, room: _Room, wish: Wish, identity: str, weights: tuple[Stamp, ...], adapter: FoundAdapter | None
+) -> backends.Plan:
     options = LoadOptions(
         identity=identity,
         context=room.context,
+        adapter=adapter.path if adapter else None,
+        adapter_identity=adapter.identity if adapter else "",
         kv_bits=wish.kv_bits,
         yarn_context=room.yarn_context,
         yarn_factor=shape.stretched / shape.native if room.yarn_context else 0.0,
         yarn_original=shape.native,
     )
-    return backends.Plan(backend, path, Layout(1, room.begin), options, weights)
+    return backends.Plan(backend, path, Layout(1, room.begin), options, (*weights, *(adapter.files if adapter else ())))
 
 
 def _identity(ref: ModelRef, key: str, weights: Iterable[Stamp]) -> str:
@@ -372,7 +382,7 @@ def _open_converted(ref: ModelRef, wish: Wish, backend: str | None, report: Repo
         check(source, target)  # its own faults come first: converting it again would not mend them
         _discard(made)
         opened = _open(replace(ref, path=_converted(replace(ref, path=source), target, made.parent, report)), wish, made.name)
-    return replace(opened, notes=(note,)) if note else opened
+    return replace(opened, notes=(*opened.notes, note)) if note else opened
 
 
 def _converted(ref: ModelRef, target: Target, folder: Path, report: Report | None) -> Path:

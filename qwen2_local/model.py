@@ -98,7 +98,6 @@ class Qwen2:
         )  # fmt: skip
         if smaller is not None and smaller.tokenizer.identity != opened.tokenizer.identity:
             raise UsageError(f"{draft} cannot draft for {name}: their vocabularies differ.", hint="Take a smaller model of the same family.")
-        assert opened.plan is not None
         path = opened.plan.path
         setup = Setup(
             opened.plan, name, smaller.plan if smaller else None, kv_cache, parallel, opened.kv_memory,

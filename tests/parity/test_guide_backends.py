@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(set(backends.available()) < {"mlx", "llama.cpp"}
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Opened, Backend, Backend]]:
     opened = open_model("guide:mlx-f32", backend="mlx")
-    mlx, llamacpp = opened.load(), open_model("guide:f16").load()
+    mlx, llamacpp = opened.plan.load(), open_model("guide:f16").plan.load()
     yield opened, mlx, llamacpp
     mlx.close()
     llamacpp.close()

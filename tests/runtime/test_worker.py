@@ -32,7 +32,6 @@ def opened() -> Opened:
 
 @pytest.fixture(scope="module")
 def setup(opened: Opened) -> Setup:
-    assert opened.plan is not None
     return Setup(opened.plan, "guide", kv_memory=opened.kv_memory, tokenizer=opened.plan.path)
 
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("qwen2_converters",),
     ("backends",),
     ("engine",),
-    ("loading", "doctor"),
+    ("adapter", "loading", "doctor"),
     ("worker",),
     ("options", "stream", "many", "aio"),
     ("chat", "model"),

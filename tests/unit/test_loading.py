@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen2_local import fit, loading
+from qwen2_local import backends, fit, loading
 from qwen2_local.backends.base import Layout
 from qwen2_local.errors import BadFile, DoesNotFit, UsageError
 from qwen2_local.formats.config import parse_config
@@ -169,11 +168,12 @@ def test_the_api_puts_both_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     opened = open_gguf(tmp_path, tokenizer__chat_template=QWEN25, tokenizer__ggml__bos_token_id=START, tokenizer__ggml__add_bos_token=True)
     backend: list[Scripted] = []
 
-    def load() -> Scripted:
+    def load(*_: object, **__: object) -> Scripted:
         backend.append(Scripted())
         return backend[0]
 
-    monkeypatch.setattr(model, "open_model", lambda name, **options: replace(opened, load=load))
+    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(model, "open_model", lambda name, **options: opened)
     with Qwen2("m") as loaded:
         loaded.complete("a", max_tokens=1).finish()
         assert backend[0].steps[0] == (0, (START, *opened.tokenizer.encode("a")))
@@ -191,7 +191,7 @@ def test_mlx_without_a_gpu_needs_room_for_float32(tmp_path: Path, monkeypatch: p
     folder = mlx_folder(tmp_path / "m", dtype=dtype)
     needed: list[int] = []
     for widens in (False, True):
-        monkeypatch.setattr(loading.fit, "MLX_WIDENS", widens)
+        monkeypatch.setattr(fit, "MLX_WIDENS", widens)
         needed.append(open_model(str(folder), context=256).memory - fit.OVERHEAD)
     config = tiny_checkpoint.dense()
     kv = fit.kv_bytes(parse_config(config, folder / "config.json").kv_values_per_token, 256)
@@ -212,7 +212,6 @@ def test_a_context_that_is_asked_for_is_there_from_the_beginning(tmp_path: Path,
     path = str(write_gguf(tmp_path / "m.gguf", qwen2__context_length=100_000))
     monkeypatch.setattr(fit, "machine_memory", machine(GB))
     plan = open_model(path, context=50_000).plan
-    assert plan is not None
     assert (plan.layout.context, plan.options.context, plan.options.yarn_context) == (50_000, 50_000, 0)
     with pytest.raises(UsageError, match=r"100,000"):
         open_model(path, context=100_001)
@@ -224,7 +223,6 @@ def test_without_a_wish_it_begins_small_and_may_grow_to_what_fits(tmp_path: Path
         monkeypatch.setattr(fit, "machine_memory", machine(available))
         opened = open_model(path)
         plan = opened.plan
-        assert plan is not None
         assert plan.layout.context <= plan.options.context
         assert begin is None or plan.layout.context == begin
         assert most is None or plan.options.context == most
@@ -241,7 +239,6 @@ def test_force_skips_the_refusal_only(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DoesNotFit):
         open_model(path, context=300)
     plan = open_model(path, force=True).plan
-    assert plan is not None
     assert (plan.layout.context, plan.options.context) == (8192, 10_000)
     with pytest.raises(UsageError):
         open_model(path, context=10_001, force=True)
@@ -269,7 +266,6 @@ def test_memory_for_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_kv_of_8_bits_is_about_half(tmp_path: Path) -> None:
     path = str(write_gguf(tmp_path / "m.gguf", qwen2__context_length=4096))
     halves, plain = (open_model(path, kv_bits=bits, context=4096) for bits in (8, 16))
-    assert halves.plan is not None
     assert halves.plan.options.kv_bits == 8
     kv = fit.kv_bytes(2 * 2 * gguf_bytes.KV, 4096)
     assert plain.memory - halves.memory == kv - kv * 17 // 32
@@ -287,7 +283,6 @@ def test_yarn_where_the_makers_announced_it(tmp_path: Path, monkeypatch: pytest.
     folder = str(mlx_folder(tmp_path / "m", config={"max_position_embeddings": 32_768}))
     for name in (path, folder):
         plain, long, short = (open_model(name, context=context).plan for context in (None, 60_000, 20_000))
-        assert plain is not None and long is not None and short is not None
         assert (plain.layout, plain.options.context, plain.options.yarn_context) == (Layout(1, 8192), 32_768, 131_072)
         assert (plain.options.yarn_factor, plain.options.yarn_original) == (4.0, 32_768)
         assert (long.layout, long.options.context, long.options.yarn_context, long.options.yarn_factor) == (Layout(1, 32_768), 32_768, 60_000, 4.0)
@@ -296,13 +291,16 @@ def test_yarn_where_the_makers_announced_it(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_model_that_says_yarn_itself_is_always_stretched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "yarn_context_of", lambda *shape, **kind: 131_072)
-    said = {"qwen2__rope__scaling__type": "yarn", "qwen2__rope__scaling__factor": 4.0, "qwen2__rope__scaling__original_context_length": 1024}
+    said: dict[str, Any] = {
+        "qwen2__rope__scaling__type": "yarn",
+        "qwen2__rope__scaling__factor": 4.0,
+        "qwen2__rope__scaling__original_context_length": 1024,
+    }
     path = str(write_gguf(tmp_path / "m.gguf", qwen2__context_length=1024, **said))
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     folder = str(mlx_folder(tmp_path / "m", config={"max_position_embeddings": 1024, "rope_scaling": scaling}))
     for name in (path, folder):
         plan = open_model(name).plan
-        assert plan is not None
         assert (plan.layout, plan.options.context, plan.options.yarn_context, plan.options.yarn_factor) == (Layout(1, 4096), 4096, 0, 0.0)
 
 
@@ -311,9 +309,7 @@ def test_a_model_that_says_yarn_itself_is_always_stretched(tmp_path: Path, monke
 
 def test_a_bare_file_is_known_by_its_place_size_and_age(tmp_path: Path) -> None:
     def identity(path: Path) -> str:
-        plan = open_model(str(path)).plan
-        assert plan is not None
-        return plan.options.identity
+        return open_model(str(path)).plan.options.identity
 
     path = write_gguf(tmp_path / "m.gguf")
     first = identity(path)
@@ -328,9 +324,7 @@ def test_a_bare_file_is_known_by_its_place_size_and_age(tmp_path: Path) -> None:
 
 def test_a_conversion_is_known_by_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def identity(name: str) -> str:
-        plan = open_model(name).plan
-        assert plan is not None
-        return plan.options.identity
+        return open_model(name).plan.options.identity
 
     monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path / "home"))
     config = tiny_checkpoint.dense()
@@ -348,7 +342,7 @@ def test_a_file_that_changed_since_it_was_checked_is_not_loaded(tmp_path: Path) 
     opened = open_model(str(path))
     path.write_bytes(path.read_bytes() + bytes(32))
     with pytest.raises(BadFile, match="has changed since"):
-        opened.load()
+        opened.plan.load()
 
 
 # Links
