@@ -6,7 +6,9 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from qwen2_local.backends.base import Choice, Chosen, Row, RowResult
+import numpy as np
+
+from qwen2_local.backends.base import Choice, Chosen, Mask, Row, RowResult
 from qwen2_local.engine.events import Event, Finished, Prefilled, Request, Token
 from qwen2_local.engine.reply import Mailbox
 from qwen2_local.engine.work import Work
@@ -35,6 +37,7 @@ class Generation(Work):
         self._seed = s.seed if s.seed is not None else secrets.randbits(64)
         self._window = Window(request.prompt, s)
         self._constraint = request.constraint
+        self._mask_error: Exception | None = None
         counts = s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty
         # Where it is the same for every token.
         self._fixed = None if s.temperature > 0 or counts or request.constraint else self._choice(0)
@@ -90,6 +93,8 @@ class Generation(Work):
 
     def take(self, result: RowResult, drafts: Sequence[int]) -> bool:
         """Tokens go to the caller as far as drafts were right, and one beyond."""
+        if self._mask_error is not None:
+            raise self._mask_error
         if len(self.tokens) == self._prompt:
             self._tell_progress()
         for index, chosen in enumerate(result.chosen):
@@ -160,8 +165,17 @@ class Generation(Work):
         number = uniform(self._seed, position) if request.sampling.temperature > 0 else 0.0
         mask = None
         if self._constraint is not None:
-            mask = self._constraint.mask
+            mask = self._mask
             if ahead:
                 now = mask()
                 mask = lambda: now  # noqa: E731
         return self._window.choice(request.limit, number, mask=mask, top_logprobs=request.logprobs)
+
+    def _mask(self) -> Mask:
+        """The constraint's. Its errors wait for `take`: raised here, within a step, they would end all who are in it."""
+        assert self._constraint is not None
+        try:
+            return self._constraint.mask()
+        except Exception as error:
+            self._mask_error = error
+            return np.full(-(-self._request.limit // 32), 0xFFFFFFFF, np.uint32)

@@ -249,7 +249,13 @@ class Scheduler:
         self._stepping = parts
         started = time.perf_counter()
         try:
-            rows = [part.work.row(part.count, part.drafts) for part in parts]
+            rows = []
+            for part in parts:
+                try:
+                    rows.append(part.work.row(part.count, part.drafts))
+                except BaseException as error:  # a constraint's, that concerns nobody else
+                    self._fail([part.work], error)
+                    return
             # Looked at behind the line that lets a cancel break the step off, so that none falls between.
             if any(part.work.mailbox.cancelled for part in parts):
                 return
