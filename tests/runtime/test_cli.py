@@ -290,8 +290,8 @@ def test_no_backend_at_all() -> None:
 
 
 def test_what_does_not_fit_into_memory() -> None:
-    small = "import qwen2_local.fit as f; f.machine_memory = lambda: f.Memory(8_000_000_000, 160_000_000)"
-    done = run("run", "guide", "hi", before=small)
+    small = "import qwen2_local.fit as f; f.machine_memory = lambda: f.Memory(8_000_000_000, 170_000_000)"
+    done = run("run", "guide", "hi", "--context", "8192", before=small)
     assert (done.returncode, done.stdout) == (5, "")
     assert "GB" in done.stderr
     (largest,) = re.findall(r"--context (\d+)", done.stderr)
