@@ -1,0 +1,109 @@
+"""YaRN on both backends: the rotary frequencies and, past the original context, the logits that transformers gives (golden/make_yarn.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen2_converters.convert import convert
+from qwen2_converters.target import Target
+from qwen2_local.backends.base import Backend, Layout, LoadOptions, Row
+from qwen2_local.formats.config import Yarn, parse_config
+from tests.support import random_qwen2
+from tests.support.random_qwen2 import Array
+from tests.support.small_tokenizer import small_json
+from tests.support.yarn import CASES, FACTOR, HEAD_DIMS, LAST, Case
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "yarn.npz")
+BOUNDS = {"mlx": 5e-3, "llama.cpp": 2e-2}
+"""Root mean square over the logits of the worst position, in standard deviations of all logits."""
+
+
+def about(name: str) -> Any:
+    return json.loads(str(GOLDEN[f"{name}/about"]))
+
+
+def error(got: Array, name: str) -> float:
+    want = GOLDEN[f"{name}/logits"]
+    return float(np.sqrt(((got - want) ** 2).mean(axis=1)).max() / want.std())
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_frequencies(head_dim: int) -> None:
+    kv = pytest.importorskip("qwen2_local.backends.mlx_kv")
+    config = parse_config(random_qwen2.config(hidden_size=4 * head_dim), Path("config.json"))
+    stretch = Yarn(FACTOR, 32768)
+    np.testing.assert_allclose(1 / np.array(kv.yarn_periods(config, stretch)), GOLDEN[f"frequencies/{head_dim}"], rtol=1e-6)
+    # transformers multiplies queries and keys by its factor, we their product by the square.
+    assert kv.Rope(config, stretch).scale == pytest.approx(float(GOLDEN[f"factor/{head_dim}"]) ** 2 / head_dim**0.5)
+
+
+def logits(backend: Backend, case: Case) -> Array:
+    """Of the last positions [LAST, vocabulary]."""
+    text, sequence, size = case.text(), backend.open(), backend.step_tokens
+    for start in range(0, len(text) - LAST, size):
+        backend.step([Row(sequence, text[start : min(start + size, len(text) - LAST)])])
+    result = backend.step([Row(sequence, text[-LAST:], logits="all")])[0].logits
+    assert result is not None
+    return result
+
+
+def options(case: Case) -> LoadOptions:
+    most = round(FACTOR * case.original)
+    return LoadOptions("test", case.original, yarn_context=most, yarn_factor=FACTOR, yarn_original=case.original)
+
+
+def source(folder: Path, case: Case, config: dict[str, Any]) -> Path:
+    made = random_qwen2.write_hf(folder / "source", config, case.weights())
+    (made / "tokenizer.json").write_text(json.dumps(small_json()))
+    return made
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    weights = CASES[request.param].weights()
+    assert random_qwen2.checksum(weights) == about(request.param)["checksum"]
+    return str(request.param)
+
+
+def load(which: str, folder: Path, case: Case, config: dict[str, Any], layout: Layout, how: LoadOptions) -> Backend:
+    if which == "mlx":
+        mlx = pytest.importorskip("qwen2_local.backends.mlx")
+        return mlx.load(random_qwen2.write_mlx(folder / "mlx", config, case.weights()), layout=layout, options=how)
+    llamacpp = pytest.importorskip("qwen2_local.backends.llamacpp")
+    made = convert(source(folder, case, config), Target.parse("gguf:f32"), folder / "model.gguf")
+    return llamacpp.LlamaCpp.load(made, layout=layout, options=how, threads=1)
+
+
+@pytest.mark.parametrize("which", BOUNDS)
+def test_switched_on_by_the_layout(which: str, name: str, tmp_path: Path) -> None:
+    """And off again: the same model, without it, is as far off as transformers is without."""
+    case = CASES[name]
+    room = case.tokens + 8
+    backend = load(which, tmp_path, case, case.config | {"max_position_embeddings": case.original}, Layout(1, room, yarn=True), options(case))
+    stretched = backend.fingerprint
+    off = error(logits(backend, case), name)
+    print(f"{name} {which}: {off:.2g}; without YaRN {about(name)['without']:.2g}")
+    assert off <= BOUNDS[which]
+    assert about(name)["without"] > 10 * BOUNDS[which]
+    if case.tokens < 10_000:
+        backend.arrange(Layout(1, room))
+        assert backend.fingerprint != stretched
+        assert error(logits(backend, case), name) > about(name)["without"] / 2
+        backend.arrange(Layout(2, room, yarn=True))
+        assert backend.fingerprint == stretched
+        assert error(logits(backend, case), name) <= BOUNDS[which]
+    backend.close()
+
+
+@pytest.mark.parametrize("which", BOUNDS)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].tokens < 10_000])
+def test_said_by_the_models_own_files(which: str, name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    backend = load(which, tmp_path, case, case.stretched, Layout(1, case.tokens + 8), LoadOptions("test", case.tokens + 8))
+    assert error(logits(backend, case), name) <= BOUNDS[which]
+    backend.close()
