@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Protocol, Self, TypeVar
 
-from qwen2_local.stream import Stream
 from qwen2_local.types import Completion, Piece
 
 T = TypeVar("T")
 
 
+class Readable(Protocol):
+    """A reply as it comes: a `Stream`, or a chat's."""
+
+    completion: Completion | None
+
+    def __iter__(self) -> Iterator[Piece]: ...
+    def __next__(self) -> Piece: ...
+    def cancel(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
 class AsyncStream:
     """A reply as it comes, for `async for`; afterwards `completion` holds the whole. `aclose`, or a cancelled task, stops the work."""
 
-    def __init__(self, begin: Callable[[], Stream]) -> None:
+    def __init__(self, begin: Callable[[], Readable]) -> None:
         """`begin` starts the reply; it is called in a thread, at the first piece that is wanted."""
         self._begin = begin
-        self._stream: Stream | None = None
+        self._stream: Readable | None = None
         self._queue: asyncio.Queue[Piece | BaseException | None] | None = None
         self._stopped = False
         self._ended = False
