@@ -331,10 +331,10 @@ class Chat:
     def delete(self) -> None:
         """Deletes it for good, with what is kept of its KV; it is then empty, and not saved."""
         self._require_idle()
-        names: Iterable[str] = ()
         if self._number is not None and self._store is not None:
-            names = self._store.delete([self._number])
-        self.model.forget([*names, *self._chunks])
+            self._store.delete([self._number], forget=self.model.forget)
+        if self._chunks:
+            self.model.forget(self._chunks)
         self._store, self._number, self._tip, self.unsaved = None, None, None, ""
         self._messages, self._ids, self._chunks = {}, {}, []
 

@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -127,21 +127,19 @@ class ChatStore:
 
     def insert(self, record: ChatRecord) -> tuple[int, dict[int, int]]:
         """Adds a whole chat; its number, and the messages' new ids by their old ones."""
-        numbers: dict[int, int] = {}
-        given = (record.title, record.named, record.pinned, record.created, record.used)
         with self._writing() as db:
-            chat = _inserted(db.execute("INSERT INTO chats(title, named, pinned, created, used) VALUES (?, ?, ?, ?, ?)", given))
-            for message in record.messages:
-                parent = None if message.parent is None else numbers[message.parent]
-                numbers[message.id] = _insert(db, chat, parent, message, index=True)
-            if record.tip is not None:
-                db.execute("UPDATE chats SET tip = ? WHERE id = ?", (numbers[record.tip], chat))
-        return chat, numbers
+            return _insert_chat(db, record)
 
-    def delete(self, chats: Iterable[int]) -> tuple[str, ...]:
+    def insert_all(self, records: Iterable[ChatRecord]) -> list[int]:
+        """Adds whole chats, all or none; their numbers."""
+        with self._writing() as db:
+            return [_insert_chat(db, record)[0] for record in records]
+
+    def delete(self, chats: Iterable[int], *, forget: Callable[[Sequence[str]], None]) -> None:
         """Deletes chats for good: their texts are overwritten, in the search index and the write-ahead log as well.
 
-        Gives the names of the KV chunks that no other chat has: they are to be deleted, too. Backups from before a migration go as well.
+        forget: gets the names of the KV chunks that no other chat has, before the chats go: what fails or crashes there can be done again.
+        Backups from before a migration go as well.
         """
         numbers = [(_number(chat),) for chat in dict.fromkeys(chats)]
         with self._writing() as db:
@@ -153,18 +151,18 @@ class ChatStore:
                 raise _unknown(row[0])
             going = "IN (SELECT chat FROM going)"
             names = db.execute(f"SELECT name FROM chunks WHERE chat {going} EXCEPT SELECT name FROM chunks WHERE chat NOT {going}").fetchall()
+            if names:
+                forget([name for (name,) in names])
             db.execute(f"DELETE FROM words WHERE rowid IN (SELECT id FROM messages WHERE chat {going})")
             for table, column in (("messages", "chat"), ("chunks", "chat"), ("chats", "id")):
                 db.execute(f"DELETE FROM {table} WHERE {column} {going}")
             # A deletion only marks words as gone, in a place of its own; merging all places drops them.
             db.execute("INSERT INTO words(words) VALUES ('optimize')")
-            db.execute("DELETE FROM going")
         with self._reading() as db:
             # The log still holds what was written before. Another process may be reading from it: then its last user empties it.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if self.path is not None:
             schema.remove_backups(self.path)
-        return tuple(name for (name,) in names)
 
     # Messages
 
@@ -267,6 +265,18 @@ class ChatStore:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+
+
+def _insert_chat(db: sqlite3.Connection, record: ChatRecord) -> tuple[int, dict[int, int]]:
+    given = (record.title, record.named, record.pinned, record.created, record.used)
+    chat = _inserted(db.execute("INSERT INTO chats(title, named, pinned, created, used) VALUES (?, ?, ?, ?, ?)", given))
+    numbers: dict[int, int] = {}
+    for message in record.messages:
+        parent = None if message.parent is None else numbers[message.parent]
+        numbers[message.id] = _insert(db, chat, parent, message, index=True)
+    if record.tip is not None:
+        db.execute("UPDATE chats SET tip = ? WHERE id = ?", (numbers[record.tip], chat))
+    return chat, numbers
 
 
 def _summary(row: tuple[Any, ...]) -> Summary:

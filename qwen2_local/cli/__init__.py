@@ -21,6 +21,7 @@ _COMMANDS = {
     # name: (module in this folder, help in one line)
     "run": ("run", "Answer one prompt."),
     "chat": ("chat", "Talk with a model, line by line."),
+    "chats": ("chats", "List, search, export, import and delete saved chats."),
     "pull": ("pull", "Fetch a model and install it."),
     "ls": ("models", "List the models on this computer."),
     "show": ("models", "Show what is known of a model."),

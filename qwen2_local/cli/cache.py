@@ -54,15 +54,7 @@ def _list(as_json: bool) -> None:
         print(json.dumps({"folder": str(disk.folder), "on": limit > 0, "bytes": used, "budget": limit, "models": rows}))
         return
     if models:
-        cells = [(one.model or one.fingerprint, f"{one.chunks:,}", output.gigabytes(one.bytes), _ago(time.time() - one.used)) for one in models]
+        cells = [(one.model or one.fingerprint, f"{one.chunks:,}", output.gigabytes(one.bytes), output.ago(time.time() - one.used)) for one in models]
         output.table([("MODEL", "CHUNKS", "SIZE", "LAST USED"), *cells])
     state = f"of {output.gigabytes(limit)}" if limit else "stored; nothing is added, as it is switched off"
     output.note(f"{output.gigabytes(used)} {state}, in {disk.folder}")
-
-
-def _ago(seconds: float) -> str:
-    """How long ago, in words: "3 hours ago"."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if (count := int(seconds // length)) > 0:
-            return f"{count} {unit}{'s' if count > 1 else ''} ago"
-    return "just now"

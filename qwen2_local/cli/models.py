@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import click
@@ -74,7 +73,7 @@ def rm(model: str, yes: bool) -> None:
         name = ref.label
     manifest = installed[name]
     size = output.gigabytes(manifest.size) if manifest is not None else "unknown size"
-    if _confirmed(f"{name} ({size})", yes=yes):
+    if output.confirmed(f"{name} ({size})", yes=yes):
         store.Store().remove(name)
         kvcache.Disk(paths.kv()).clear(name)
         output.note(f"Deleted {name} ({size}).")
@@ -86,22 +85,10 @@ def _forget(name: str, *, yes: bool) -> bool:
         kept = store.Store().kept(name)
     except UsageError:  # no name, but a path
         return False
-    if kept and _confirmed(f"what was begun of {name} ({output.gigabytes(kept)})", yes=yes):
+    if kept and output.confirmed(f"what was begun of {name} ({output.gigabytes(kept)})", yes=yes):
         store.Store().forget(name)
         output.note(f"Deleted what was begun of {name} ({output.gigabytes(kept)}).")
     return kept > 0
-
-
-def _confirmed(what: str, *, yes: bool) -> bool:
-    """Whether `what` is really to be deleted. Raises UsageError where nobody can be asked."""
-    if yes:
-        return True
-    if not sys.stdin.isatty():
-        raise UsageError(f"Deleting {what} has to be confirmed.", hint="Say --yes where nobody can be asked.")
-    if click.confirm(f"Delete {what}?", err=True):
-        return True
-    output.note("Nothing was deleted.")
-    return False
 
 
 def _facts(ref: store.ModelRef) -> dict[str, object]:

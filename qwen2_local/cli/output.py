@@ -9,6 +9,9 @@ import time
 from types import TracebackType
 from typing import Self, TextIO
 
+import click
+
+from qwen2_local.errors import UsageError
 from qwen2_local.sanitize import clean, clean_line
 
 
@@ -103,3 +106,23 @@ def gigabytes(size: int) -> str:
     if size < 1e6:
         return f"{size / 1e3:.0f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+def confirmed(what: str, *, yes: bool) -> bool:
+    """Whether `what` is really to be deleted. Raises UsageError where nobody can be asked."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError(f"Deleting {what} has to be confirmed.", hint="Say --yes where nobody can be asked.")
+    if click.confirm(f"Delete {what}?", err=True):
+        return True
+    note("Nothing was deleted.")
+    return False
+
+
+def ago(seconds: float) -> str:
+    """How long ago, in words: "3 hours ago"."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if (count := int(seconds // length)) > 0:
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"

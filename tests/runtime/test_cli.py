@@ -17,7 +17,7 @@ from qwen2_local.store import Store, guide_folder
 from tests.support.installed import install
 from tests.support.program import Terminal, command, run
 
-COMMANDS = ("run", "chat", "ls", "show", "rm", "cache", "convert", "doctor", "completion")
+COMMANDS = ("run", "chat", "chats", "ls", "show", "rm", "cache", "convert", "doctor", "completion")
 QUESTION = "What is GGUF?"
 WILD = ("--temperature", "100", "--seed", "3")
 """Makes long replies of random tokens."""

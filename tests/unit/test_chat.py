@@ -87,7 +87,7 @@ def test_another_model_reads_the_text(store: ChatStore) -> None:
     tokens[0], tokens[letters[0]] = tokens[letters[0]], tokens[0]
     other = ScriptedModel(keys=keys)
     Chat.load(other, chat.number, store).send("y")
-    assert other.read == turns("x", "hello", "y")
+    assert other.read == turns("x", "hello", "y", "ok", "y")
     assert other.prompts[0][len(first.prompts[0]) :][0] == other.tokenizer.encode("hello")[0]
 
 

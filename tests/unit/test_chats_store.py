@@ -12,7 +12,7 @@ import pytest
 
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, path_to
 from qwen2_local.chats.records import load_sampling, title_of
-from qwen2_local.errors import InvalidPrompt, UnknownChat, UsageError
+from qwen2_local.errors import BackendError, InvalidPrompt, UnknownChat, UsageError
 from qwen2_local.types import Sampling, Usage
 
 
@@ -33,6 +33,13 @@ def talk(store: ChatStore, *texts: str) -> int:
     for number, text in enumerate(texts):
         parent = store.add(chat, ChatMessage("assistant" if number % 2 else "user", text, parent=parent))
     return chat
+
+
+def delete(store: ChatStore, *chats: int) -> list[str]:
+    """Deletes chats; the KV chunks that are to be forgotten with them."""
+    names: list[str] = []
+    store.delete(chats, forget=names.extend)
+    return names
 
 
 def texts(record: ChatRecord) -> list[str]:
@@ -113,9 +120,9 @@ def test_titles_are_short_and_harmless(question: str, title: str) -> None:
 
 def test_chats_that_are_not_there(store: ChatStore) -> None:
     gone = talk(store, "x")
-    store.delete([gone])
+    delete(store, gone)
     assert talk(store, "y") != gone, "no number is given twice"
-    calls = (store.record, store.summary, store.pin, lambda chat: store.rename(chat, "a"), lambda chat: store.delete([chat]))
+    calls = (store.record, store.summary, store.pin, lambda chat: store.rename(chat, "a"), lambda chat: delete(store, chat))
     for call in (*calls, lambda chat: store.add(chat, ChatMessage("user", "a")), lambda chat: store.keep_chunks(chat, ["a"])):
         for number in (gone, -1, 2**64, 10**6):
             with pytest.raises(UnknownChat, match=str(number)):
@@ -139,12 +146,36 @@ CHINESE = "天空为什么是蓝色的？因为空气分子散射阳光。"
 @pytest.mark.parametrize(
     ("query", "found"),
     [
-        ("天空", True), ("蓝色", True), ("空", True), ("散射阳光", True), ("天空 阳光", True), ("色蓝", False), ("天色", False),
-        ("quantization", True), ("QUANT", True), ("cafe", True), ("CAFÉ", True), ("uantization", False), ("Q4_K_M", True), ("quantization 蓝色", True),
-        ("quantization weather", False), ("ไทย", True), ("にほん", True), ("русский", True), ("Русс", True), ('"quoted" AND', False), ("NEAR(", False),
-        ("café*", True), ("x OR quantization", False), ("text:cafe", False), ("", False), ("***", False), ("\0", False), ('""', False),
+        ("天空", True),
+        ("蓝色", True),
+        ("空", True),
+        ("散射阳光", True),
+        ("天空 阳光", True),
+        ("色蓝", False),
+        ("天色", False),
+        ("quantization", True),
+        ("QUANT", True),
+        ("cafe", True),
+        ("CAFÉ", True),
+        ("uantization", False),
+        ("Q4_K_M", True),
+        ("quantization 蓝色", True),
+        ("quantization weather", False),
+        ("ไทย", True),
+        ("にほん", True),
+        ("русский", True),
+        ("Русс", True),
+        ('"quoted" AND', False),
+        ("NEAR(", False),
+        ("café*", True),
+        ("x OR quantization", False),
+        ("text:cafe", False),
+        ("", False),
+        ("***", False),
+        ("\0", False),
+        ('""', False),
     ],
-)  # fmt: skip
+)
 def test_what_is_found(store: ChatStore, query: str, found: bool) -> None:
     talk(store, CHINESE, "Quantization to Q4_K_M in a café; ภาษาไทย, にほんご, русский язык")
     chat = talk(store, f"{CHINESE} Quantization to Q4_K_M in a café; ภาษาไทย, にほんご, русский язык")
@@ -203,7 +234,7 @@ def test_what_is_deleted_is_nowhere_on_the_disk(store: ChatStore, path: Path) ->
         store.rename(chat, f"titled {secrets[0]}")
     before = everything_on_disk(path.parent)
     assert all(secret.encode() in before for secret in secrets), "the test can see what is there"
-    store.delete(chats)
+    delete(store, *chats)
     after = everything_on_disk(path.parent)
     for secret in secrets:
         # The index cuts words where the one before begins alike.
@@ -219,7 +250,7 @@ def test_also_text_that_a_growing_reply_replaced(store: ChatStore, path: Path) -
     chat = talk(store, "question")
     number = store.add(chat, ChatMessage("assistant", "hippogriffin", state="partial", parent=store.record(chat).tip))
     store.update(chat, ChatMessage("assistant", "something else", number))
-    store.delete([chat])
+    delete(store, chat)
     assert b"ippogriff" not in everything_on_disk(path.parent)
 
 
@@ -228,24 +259,37 @@ def test_deleting_names_the_kv_chunks_that_no_other_chat_has(store: ChatStore) -
     store.keep_chunks(one, ["common", "a", "a"])
     store.keep_chunks(two, ["common", "b"])
     store.keep_chunks(three, ["common", "a", "c"])
-    assert set(store.delete([two])) == {"b"}
-    assert set(store.delete([one, three])) == {"common", "a", "c"}
+    assert set(delete(store, two)) == {"b"}
+    assert set(delete(store, one, three)) == {"common", "a", "c"}
 
 
 def test_deleting_is_all_or_nothing(store: ChatStore) -> None:
     chat = talk(store, "x")
     with pytest.raises(UnknownChat):
-        store.delete([chat, 999])
+        delete(store, chat, 999)
     assert [one.id for one in store.summaries()] == [chat]
     assert store.search("x")
-    assert store.delete([]) == ()
+    assert delete(store) == []
+
+
+def test_chats_stay_where_their_kv_does(store: ChatStore) -> None:
+    chat = talk(store, "x")
+    store.keep_chunks(chat, ["a"])
+
+    def fail(names: object) -> None:
+        raise BackendError("The worker died.")
+
+    with pytest.raises(BackendError):
+        store.delete([chat], forget=fail)
+    assert [hit.chat.id for hit in store.search("x")] == [chat]
+    assert delete(store, chat) == ["a"]
 
 
 def test_a_chain_of_any_length_can_be_deleted(store: ChatStore) -> None:
     # SQLite follows references a thousand deep at most.
     messages = tuple(ChatMessage("user", f"number {number}", number, number - 1 or None) for number in range(1, 1501))
     chat, _ = store.insert(ChatRecord("long", False, False, 0.0, 0.0, 1500, messages))
-    store.delete([chat])
+    delete(store, chat)
     assert store.search("number") == []
 
 
@@ -259,7 +303,7 @@ def test_a_temporary_store_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: p
         chat = talk(store, "a secret " * 10_000, "a reply")
         assert store.search("secret")
         assert not store.kept
-        store.delete([chat])
+        delete(store, chat)
     assert opened == []
     assert list(tmp_path.iterdir()) == []
 
