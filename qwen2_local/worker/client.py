@@ -12,11 +12,11 @@ from contextlib import closing
 from typing import Any
 
 from qwen2_local import kvcache
-from qwen2_local.backends.base import BackendInfo, Scores
+from qwen2_local.backends.base import BackendInfo, Layout, Scores
 from qwen2_local.engine import Event, Request
 from qwen2_local.engine.reply import Mailbox, Reply
 from qwen2_local.errors import BackendError, UsageError, WorkerDied
-from qwen2_local.worker.messages import Forget, Generate, Score
+from qwen2_local.worker.messages import Forget, Generate, Look, Score
 from qwen2_local.worker.process import Worker
 from qwen2_local.worker.setup import Setup
 
@@ -53,6 +53,13 @@ class RemoteEngine:
         """The worker's process id; None while there is none."""
         worker = self._worker
         return None if worker is None or worker.dead else worker.pid
+
+    @property
+    def layout(self) -> Layout:
+        """How the KV memory is laid out now, as `Engine.layout`."""
+        layout = self._answer(Look(next(self._numbers)))
+        assert isinstance(layout, Layout)
+        return layout
 
     def submit(self, request: Request) -> Reply:
         """Begin a reply. Raises UsageError if the model is closed or was loaded before a fork, WorkerDied where no worker will load it.
@@ -105,7 +112,7 @@ class RemoteEngine:
         if worker is not None:
             worker.close()
 
-    def _answer(self, order: Score) -> object:
+    def _answer(self, order: Score | Look) -> object:
         """The one answer to an order. Raises what the worker raised."""
         mailbox: Mailbox[object] = Mailbox()
         worker = self._ask(order, mailbox)
@@ -118,7 +125,7 @@ class RemoteEngine:
             raise result
         return result
 
-    def _ask(self, order: Generate | Score, mailbox: Mailbox[Any]) -> Worker:
+    def _ask(self, order: Generate | Score | Look, mailbox: Mailbox[Any]) -> Worker:
         self._require_own_process()
         self._used = time.monotonic()
         while True:
@@ -134,6 +141,8 @@ class RemoteEngine:
             worker = self._worker
             if worker is None or worker.dead:
                 self._worker, self.info = worker, _ = self._start()
+                if self._closed.is_set():  # meanwhile, by another thread, which may not have seen this worker
+                    worker.close()
             return worker
 
     def _start(self) -> tuple[Worker, BackendInfo]:

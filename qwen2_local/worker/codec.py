@@ -25,7 +25,8 @@ def pack(value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if is_dataclass(value):
-        return [pack(getattr(value, field.name)) for field in fields(value)]
+        kind: Any = type(value)
+        return [pack(getattr(value, name)) for name in _names(kind)]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (tuple, list)):
@@ -35,6 +36,11 @@ def pack(value: object) -> object:
     if isinstance(value, Mapping):
         return [[pack(key), pack(one)] for key, one in value.items()]
     raise TypeError(f"{type(value).__name__} is not sent to a worker")
+
+
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def unpack(kind: type[T], value: object) -> T:

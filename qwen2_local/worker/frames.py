@@ -26,7 +26,7 @@ class FrameError(BackendError):
 
 def encode(value: object) -> bytes:
     """A frame of a JSON value. Raises FrameError for one that is too large."""
-    body = json.dumps(value, separators=(",", ":")).encode("ascii")
+    body = _encode(value).encode("ascii")
     if len(body) > MAX_FRAME:
         raise FrameError(f"a message of {len(body):,} bytes is too large")
     return _LENGTH.pack(len(body)) + body
@@ -62,14 +62,18 @@ class Decoder:
             raise FrameError("it ends in the middle of a frame")
 
 
-def _parse(body: bytes) -> object:
-    try:
-        return json.loads(body.decode("ascii"), parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
-        raise FrameError(f"a frame is no JSON ({str(error)[:100]})") from error
-
-
 def _constant(name: str) -> float:
     if name == "-Infinity":  # the log-probability of what cannot be
         return float("-inf")
     raise ValueError(f"{name} is no number")
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder(parse_constant=_constant).decode
+
+
+def _parse(body: bytes) -> object:
+    try:
+        return _decode(body.decode("ascii"))
+    except (ValueError, RecursionError) as error:
+        raise FrameError(f"a frame is no JSON ({str(error)[:100]})") from error

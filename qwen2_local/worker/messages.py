@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from qwen2_local import errors
-from qwen2_local.backends.base import BackendInfo
+from qwen2_local.backends.base import BackendInfo, Layout
 from qwen2_local.engine import Finished, Prefilled, Token
 from qwen2_local.errors import BackendError, Qwen2LocalError
 from qwen2_local.types import Sampling
@@ -67,6 +67,13 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """How is the KV memory laid out?"""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop the request of this number, if it is still under way."""
 
@@ -119,6 +126,14 @@ class Forgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class Looked:
+    """How the KV memory is laid out."""
+
+    number: int
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The last message of a request that failed, or (number 0) of a worker that cannot load. kind: the error's class."""
 
@@ -143,11 +158,11 @@ class Failed:
         return kind(self.what, hint=self.hint)
 
 
-Order = Start | Generate | Score | Forget | Cancel
-Answer = Loaded | Progress | Ended | Scored | Forgotten | Failed
+Order = Start | Generate | Score | Forget | Look | Cancel
+Answer = Loaded | Progress | Ended | Scored | Forgotten | Looked | Failed
 
-_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Start, Generate, Score, Forget, Cancel)}
-_ANSWERS: dict[str, type[Answer]] = {kind.__name__: kind for kind in (Loaded, Progress, Ended, Scored, Forgotten, Failed)}
+_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Start, Generate, Score, Forget, Look, Cancel)}
+_ANSWERS: dict[str, type[Answer]] = {kind.__name__: kind for kind in (Loaded, Progress, Ended, Scored, Forgotten, Looked, Failed)}
 
 
 def encode(message: Order | Answer) -> bytes:

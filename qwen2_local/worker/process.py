@@ -23,7 +23,22 @@ from qwen2_local.engine.reply import Mailbox
 from qwen2_local.errors import Cancelled, Qwen2LocalError, WorkerDied
 from qwen2_local.worker import messages
 from qwen2_local.worker.frames import Decoder, FrameError
-from qwen2_local.worker.messages import Answer, Cancel, Ended, Failed, Forget, Forgotten, Generate, Loaded, Progress, Score, Scored, Start
+from qwen2_local.worker.messages import (
+    Answer,
+    Cancel,
+    Ended,
+    Failed,
+    Forget,
+    Forgotten,
+    Generate,
+    Loaded,
+    Look,
+    Looked,
+    Progress,
+    Score,
+    Scored,
+    Start,
+)
 from qwen2_local.worker.setup import Setup
 
 _READ = 1 << 16
@@ -84,7 +99,7 @@ class Worker:
             raise self._error
         return self._info
 
-    def ask(self, order: Generate | Score | Forget, mailbox: Mailbox[Any]) -> bool:
+    def ask(self, order: Generate | Score | Forget | Look, mailbox: Mailbox[Any]) -> bool:
         """Begin a request, whose events go to `mailbox`. False if the worker is dead."""
         frame = messages.encode(order)
         with self._lock:
@@ -192,6 +207,8 @@ class Worker:
                 self._end(number, Scores(np.array(logprobs, np.float64), np.array(greedy, np.bool_)))
             case Forgotten(number):
                 self._end(number, None)
+            case Looked(number, layout):
+                self._end(number, layout)
             case Failed(number):
                 self._end(number, answer.error())
 

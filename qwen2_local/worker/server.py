@@ -18,10 +18,26 @@ from typing import TYPE_CHECKING
 from qwen2_local import __version__
 from qwen2_local.engine import Prefilled, Request, Token
 from qwen2_local.engine.reply import Reply
-from qwen2_local.errors import BackendError
+from qwen2_local.errors import BackendError, Qwen2LocalError
 from qwen2_local.worker import messages
 from qwen2_local.worker.frames import Decoder, FrameError
-from qwen2_local.worker.messages import Answer, Cancel, Ended, Failed, Forget, Forgotten, Generate, Loaded, Order, Progress, Score, Scored, Start
+from qwen2_local.worker.messages import (
+    Answer,
+    Cancel,
+    Ended,
+    Failed,
+    Forget,
+    Forgotten,
+    Generate,
+    Loaded,
+    Look,
+    Looked,
+    Order,
+    Progress,
+    Score,
+    Scored,
+    Start,
+)
 from qwen2_local.worker.setup import LocalEngine, Setup
 
 if TYPE_CHECKING:
@@ -87,6 +103,8 @@ class _Server:
                 self._begin(number, lambda: self._score(order))
             case Forget(number):
                 self._begin(number, lambda: self._forget(order))
+            case Look(number):
+                self._begin(number, lambda: self.answer(Looked(number, self._require().layout)))
             case Cancel(number):
                 self._cancel(number)
 
@@ -115,7 +133,7 @@ class _Server:
             try:
                 work()
             except BaseException as error:
-                if not isinstance(error, Exception):
+                if not isinstance(error, Qwen2LocalError):
                     _log.exception("A request failed.")
                 self.answer(Failed.of(number, error))
             finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +43,6 @@ class LocalEngine(Engine):
         except BaseException:
             self._kv.close()
             raise
-
-    def forget(self, chunks: Iterable[str]) -> None:
-        """Delete KV, by the names that `Finished` gave; returns when it is gone, from memory and disk."""
-        self._kv.delete(chunks)
 
     def close(self) -> None:
         """Free the model, end the thread, and write what is still to be kept. Replies under way end as cancelled. Idempotent."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_local import __version__, paths
-from qwen2_local.backends.base import Scores
+from qwen2_local.backends.base import Layout, Scores
 from qwen2_local.engine import Event, Finished, Request, Token
 from qwen2_local.errors import BackendError, Cancelled, DoesNotFit, UsageError, WorkerDied
 from qwen2_local.types import Sampling
@@ -106,7 +106,7 @@ def test_a_worker_that_was_killed_while_idle_is_not_noticed(engine: RemoteEngine
     pid = engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    assert until(lambda: gone(pid))
+    assert until(lambda: engine.pid is None)
     assert tokens(list(engine.generate(request(7)))) == expected(7)
 
 
@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_loaded_again_says_so_without_trying_for_ever(tmp
         pid = engine.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        assert until(lambda: gone(pid))
+        assert until(lambda: engine.pid is None)
         for _ in range(3):
             with pytest.raises(WorkerDied, match="died twice"):
                 list(engine.generate(request()))
@@ -252,6 +252,34 @@ def test_scores_are_those_of_this_process(tmp_path: Path) -> None:
         scores = engine.score((1, 2, 3), VOCABULARY)
     assert isinstance(scores, Scores)
     assert len(scores.logprobs) == len(scores.greedy) == 2
+
+
+def test_the_layout_can_be_looked_at(engine: RemoteEngine) -> None:
+    assert engine.layout == Layout(1, 4096)
+
+
+def test_a_model_that_is_closed_while_it_comes_back_leaves_no_process(tmp_path: Path) -> None:
+    engine = RemoteEngine(setup(tmp_path))
+    setup(tmp_path, slow_load=1.0)
+    pid = engine.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert until(lambda: engine.pid is None)
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            engine.submit(request())
+        except UsageError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert until(lambda: loads(tmp_path) == 2)
+    engine.close()
+    thread.join(10)
+    assert raised
+    assert engine.pid is None
 
 
 def test_a_score_ends_with_the_model(tmp_path: Path) -> None:
