@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -49,8 +49,9 @@ class Engine:
         default that of one of the longest context.
         """
         self._process = os.getpid()
-        self._inbox: SimpleQueue[Work | None] = SimpleQueue()
-        """Requests; None: a cancel or the close is to be looked at."""
+        self._cache = kv
+        self._inbox: SimpleQueue[Work | Callable[[], None] | None] = SimpleQueue()
+        """Requests, other things to do between steps, and None: a cancel or the close is to be looked at."""
         # Reentrant: the garbage collector may drop a reply, and so come to `_cancel`, on a thread that holds it.
         self._lock = threading.RLock()
         self._under_way = threading.Semaphore(_MOST_UNDER_WAY)
@@ -127,6 +128,26 @@ class Engine:
             raise result
         return result
 
+    def forget(self, chunks: Iterable[str]) -> None:
+        """Delete KV, by the names that `Finished` gave, from the KV cache and the device; returns when it is gone.
+
+        Raises UsageError if the model is closed or was loaded before a fork, OSError where files cannot be deleted.
+        """
+        self._require_own_process()
+        names = frozenset(chunks)
+        done: SimpleQueue[None] = SimpleQueue()
+
+        def drop() -> None:
+            try:
+                self._scheduler.forget(names)
+            finally:
+                done.put(None)
+
+        self._put(drop)
+        done.get()
+        if self._cache is not None:
+            self._cache.delete(names)
+
     def close(self) -> None:
         """Free the model and end the thread. A reply under way, and any that waits, ends as cancelled. Idempotent."""
         if os.getpid() != self._process:
@@ -157,11 +178,14 @@ class Engine:
         while not self._under_way.acquire(timeout=0.1):
             if self._closed:
                 break
+        self._put(work)
+
+    def _put(self, item: Work | Callable[[], None]) -> None:
         with self._lock:
-            # Under the lock, so that `close` comes before or after: every work that is sent gets an answer.
+            # Under the lock, so that `close` comes before or after: everything that is put gets an answer.
             if self._closed:
                 raise UsageError("The model is closed.", hint="Load it again.")
-            self._inbox.put(work)
+            self._inbox.put(item)
 
     def _cancel(self, mailbox: Mailbox[Any]) -> None:
         """Stop a request, which may be waiting, running or over."""
@@ -215,12 +239,14 @@ class Engine:
         cancels = False
         with suppress(Empty):
             while True:
-                work = inbox.get(timeout=wait) if wait != 0.0 else inbox.get_nowait()
+                item = inbox.get(timeout=wait) if wait != 0.0 else inbox.get_nowait()
                 wait = 0.0
-                if work is None:
+                if item is None:
                     cancels = True
+                elif isinstance(item, Work):
+                    self._scheduler.add(item)
                 else:
-                    self._scheduler.add(work)
+                    item()
         if cancels:
             self._scheduler.settle_cancelled()
 

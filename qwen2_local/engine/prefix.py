@@ -79,6 +79,12 @@ class Prefixes:
                 self._give_up(held)
         return moving
 
+    def forget_named(self, names: frozenset[str]) -> None:
+        """Give back, and save no more, what would be kept under any of these names."""
+        for held in [held for held in self._residents if not names.isdisjoint(self.names(held))]:
+            self._residents.remove(held)
+            self._device.free(held)
+
     def forget(self) -> None:
         """Nothing on the device is trusted any more."""
         self._residents.clear()

@@ -119,6 +119,10 @@ class Scheduler:
         self._move(self._bounds.single(0), ())
         return 0.0
 
+    def forget(self, names: frozenset[str]) -> None:
+        """Let the sequences of past requests go that would be kept under any of these names."""
+        self._prefixes.forget_named(names)
+
     def stop_all(self) -> None:
         """End all requests as cancelled, and save what is worth it."""
         for work in [*self._live, *self._waiting]:

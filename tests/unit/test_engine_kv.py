@@ -9,7 +9,7 @@ import pytest
 
 from qwen2_local.backends.base import Layout
 from qwen2_local.engine import Finished
-from qwen2_local.errors import BackendError, ContextOverflow
+from qwen2_local.errors import BackendError, ContextOverflow, UsageError
 from qwen2_local.kvcache import KvCache
 from tests.support.engines import Harness, cached, end, expected, finished, request, tokens
 from tests.support.scripted import scrambled
@@ -195,6 +195,29 @@ def test_so_does_the_end_of_one_that_was_cancelled(make: Callable[..., Harness],
     harness.engine.close()
     kv.flush()
     kv.delete(finished(events).chunks)
+    assert kv.sizes() == type(kv.sizes())(0, 0)
+
+
+def test_what_is_to_be_forgotten_is_nowhere_afterwards(make: Callable[..., Harness], kv: KvCache) -> None:
+    harness = make(kv=kv)
+    harness.run(*range(500, 900))
+    names = finished(harness.run(*range(300), max_tokens=10)).chunks
+    harness.engine.forget(names)
+    assert cached(harness.run(*range(300))) == 0, "neither on the device nor in the cache"
+    harness.engine.forget(names)
+    harness.engine.close()
+    kv.flush()
+    assert not set(names[:1]) & set(finished(make(kv=kv).run(*range(500, 900))).chunks)
+    with pytest.raises(UsageError):
+        harness.engine.forget(names)
+
+
+def test_what_is_forgotten_is_not_saved_later(make: Callable[..., Harness], kv: KvCache) -> None:
+    harness = make(kv=kv)
+    names = finished(harness.run(*range(300), max_tokens=10)).chunks
+    harness.engine.forget(names)
+    harness.engine.close()
+    kv.flush()
     assert kv.sizes() == type(kv.sizes())(0, 0)
 
 
