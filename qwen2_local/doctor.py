@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen2_local import __version__, backends, cpu, files, fit, paths, repair
-from qwen2_local.errors import BackendUnavailable
+from qwen2_local.errors import BackendError, BackendUnavailable
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -42,7 +42,7 @@ class Check:
 def collect() -> list[Check]:
     """All findings, in the order to show them. Never raises for what it looks at; tests llama.cpp anew, in another process."""
     checks: list[Check] = []
-    for look in (_machine, _memory, _folders, _mlx, _llamacpp):
+    for look in (_machine, _memory, _folders, _mlx, _llamacpp, _worker):
         checks += _guarded(look)
     return checks
 
@@ -124,6 +124,17 @@ def _llamacpp() -> Iterator[Check]:
     yield from _features(used, verdict.safe)
     if lib.llama_supports_gpu_offload():
         yield Check("ok", "graphics", "this llama.cpp computes on the graphics processor")
+
+
+def _worker() -> Iterator[Check]:
+    from qwen2_local.worker import process
+
+    try:
+        seconds = process.try_out()
+    except BackendError as error:
+        yield Check("warn", "worker", error.what, error.hint)
+    else:
+        yield Check("ok", "worker", f"a process for a model starts in {seconds:.1f} s")
 
 
 def _features(used: set[str], safe: bool) -> Iterator[Check]:

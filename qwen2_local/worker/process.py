@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from qwen2_local import __version__, paths
 from qwen2_local.backends.base import BackendInfo, Scores
 from qwen2_local.engine import Finished
 from qwen2_local.engine.reply import Mailbox
-from qwen2_local.errors import Cancelled, Qwen2LocalError, WorkerDied
+from qwen2_local.errors import BackendError, Cancelled, Qwen2LocalError, WorkerDied
 from qwen2_local.worker import messages
 from qwen2_local.worker.frames import Decoder, FrameError
 from qwen2_local.worker.messages import (
@@ -69,7 +70,7 @@ class Worker:
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         with _log_file() as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qwen2_local.worker"],
+                _command(),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0, env=_environment(),
                 start_new_session=True,  # a Ctrl-C in the terminal is for the parent
             )  # fmt: skip
@@ -217,6 +218,23 @@ class Worker:
             waiting = self._pending.pop(number, None)
         if waiting is not None:
             waiting.mailbox.put(last)
+
+
+def try_out() -> float:
+    """The seconds that a worker without a model takes to start and end. Raises WorkerDied, BackendError where none can be started."""
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(_command(), env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"No worker process starts: {error}.", hint="Close other programs.") from error
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise WorkerDied(f"{_died(done.returncode).what} {said[:300]}".strip(), hint="Install qwen2-local again.")
+    return time.perf_counter() - began
+
+
+def _command() -> list[str]:
+    return [sys.executable, "-P", "-m", "qwen2_local.worker"]
 
 
 def _environment() -> dict[str, str]:

@@ -427,6 +427,19 @@ def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         RemoteEngine(setup(tmp_path))
 
 
+def test_trying_out_whether_a_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert process.try_out() > 0
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho something >&2\necho no module >&2\nexit 3\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(WorkerDied, match=r"exit code 3.*no module"):
+        process.try_out()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    with pytest.raises(BackendError, match="No worker process starts"):
+        process.try_out()
+
+
 def child(data: bytes) -> tuple[list[object], int]:
     """What a worker answers to `data` and the end of its input, and its exit code."""
     done = subprocess.run([sys.executable, "-P", "-m", "qwen2_local.worker"], input=data, capture_output=True, timeout=60, check=False)
