@@ -99,6 +99,7 @@ class KvCache:
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._process = os.getpid()
+        self._closed = False
         self._lock = threading.Lock()
         self._memory = Memory(memory)
         self._disk = None if folder is None or budget == 0 else Disk(folder, budget)
@@ -107,7 +108,7 @@ class KvCache:
         if self._disk is not None:
             self._writer = Writer(self._disk, limit=_WAITING, model=model, tell=tell)
             # At the interpreter's end, too: the thread is a daemon, so that a disk that hangs cannot keep the process.
-            self._finish: Callable[[], object] = weakref.finalize(self, _finish, self._writer, self._process)
+            weakref.finalize(self, _finish, self._writer, self._process)
 
     def find(self, fingerprint: str, tokens: Sequence[int], start: int = 0) -> Found:
         """The longest beginning of `tokens` that is known, from `start` (a multiple of CHUNK) on; cheap, as it reads no KV.
@@ -116,7 +117,7 @@ class KvCache:
         """
         if start % CHUNK:
             raise ValueError(f"{start} is not on a chunk's border")
-        links = [] if self._is_forked() else chain.links(fingerprint, tokens)
+        links = [] if self._is_out() else chain.links(fingerprint, tokens)
         known: list[_Known] = []
         for link in links[start // CHUNK :]:
             with self._lock:
@@ -135,7 +136,7 @@ class KvCache:
 
     def missing(self, fingerprint: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """The ranges of `tokens` (whole chunks, and the tail) that are neither in RAM nor on disk: what has to be exported for `save`."""
-        if self._is_forked():
+        if self._is_out():
             return []
         links = chain.links(fingerprint, tokens)
         with self._lock:
@@ -150,7 +151,7 @@ class KvCache:
         Those of the whole path, also of what was there already: who deletes the conversation deletes them all. Shorter tails that a new chunk
         begins with go. Storing is done later; what is too much for that is not stored. persist: else they stay in RAM.
         """
-        if self._is_forked():
+        if self._is_out():
             return ()
         links = chain.links(fingerprint, tokens)
         by_range = {(link.start, link.end): link for link in links}
@@ -182,7 +183,7 @@ class KvCache:
         Raises OSError where files cannot be deleted.
         """
         names = frozenset(names)
-        if self._is_forked():
+        if self._is_out():
             return
         with self._lock:
             for name in names:
@@ -194,7 +195,7 @@ class KvCache:
 
     def clear(self) -> None:
         """Delete everything, of all models. Raises OSError where files cannot be deleted."""
-        if self._is_forked():
+        if self._is_out():
             return
         with self._lock:
             self._memory.clear()
@@ -208,12 +209,13 @@ class KvCache:
 
     def flush(self, timeout: float = _CLOSE_S) -> bool:
         """Wait, at most so many seconds, until all that was saved is on disk (or refused). Is it?"""
-        return self._writer is None or self._is_forked() or self._writer.flush(timeout)
+        return self._writer is None or self._is_out() or self._writer.flush(timeout)
 
     def close(self, timeout: float = _CLOSE_S) -> None:
-        """`flush`, and end the threads. Idempotent; nothing is kept or found after it."""
-        if self._is_forked():
+        """`flush`, and end the threads. Idempotent; after it all is a miss, and nothing is kept."""
+        if self._is_out():
             return
+        self._closed = True
         with self._lock:
             self._memory.clear()
             readers, self._readers = self._readers, None
@@ -240,9 +242,11 @@ class KvCache:
             read = [self._disk.read(absent[0])]
         else:
             with self._lock:  # checksums take time, and the interpreter lets others go on meanwhile
+                if self._closed:
+                    return [None] * len(known)
                 self._readers = self._readers or ThreadPoolExecutor(_READERS, "kv-reader")
-                readers = self._readers
-            read = list(readers.map(self._disk.read, absent))
+                waiting = [self._readers.submit(self._disk.read, link) for link in absent]
+            read = [one.result() for one in waiting]
         with self._lock:
             for link, data in zip(absent, read, strict=True):
                 if data is not None:
@@ -251,8 +255,9 @@ class KvCache:
         fetched = iter(read)
         return [next(fetched) if one.data is None else one.data for one in known]
 
-    def _is_forked(self) -> bool:
-        return os.getpid() != self._process
+    def _is_out(self) -> bool:
+        """Is it closed, or this a process that was forked off, in which locks may be held for ever?"""
+        return self._closed or os.getpid() != self._process
 
 
 def _finish(writer: Writer, process: int) -> None:
