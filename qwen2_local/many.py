@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from qwen2_local.types import Completion
 T = TypeVar("T")
 
 
-def in_order(begin: Callable[[T], Stream], items: Iterable[T], *, concurrency: int) -> Iterator[Completion | Exception]:
+def in_order(begin: Callable[[T], Stream], items: Iterable[T], *, concurrency: int) -> Generator[Completion | Exception]:
     """The completions of `items`, in their order; `begin` starts one. So many are under way at once; few more items are drawn than that.
 
     An item that fails gives its error. Closing the iterator, or a Ctrl-C in it, stops all.
@@ -27,7 +27,7 @@ def in_order(begin: Callable[[T], Stream], items: Iterable[T], *, concurrency: i
     return _in_order(begin, items, concurrency)
 
 
-def _in_order(begin: Callable[[T], Stream], items: Iterable[T], concurrency: int) -> Iterator[Completion | Exception]:
+def _in_order(begin: Callable[[T], Stream], items: Iterable[T], concurrency: int) -> Generator[Completion | Exception]:
     lock = threading.Lock()
     streams: set[Stream] = set()
     stopped = False

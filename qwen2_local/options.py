@@ -81,12 +81,11 @@ def settle(own: Sampling, **options: Unpack[Options]) -> Settled:
     given: dict[str, Any] = {name: value for name in _OF_SAMPLING if (value := options.get(name)) is not None}
     if given:
         sampling = replace(sampling, **given)
-    stop = options.get("stop") or ()
     return Settled(
         sampling,
         _whole("max_tokens", options.get("max_tokens"), 1, "Leave it out for as much as the context holds."),
-        (stop,) if isinstance(stop, str) else tuple(stop),
-        _form(options.get("schema"), options.get("regex"), options.get("choice")),
+        _texts("stop", options.get("stop")) or (),
+        _form(options.get("schema"), options.get("regex"), _texts("choice", options.get("choice"))),
         _whole("logprobs", options.get("logprobs"), 0, f"It may be 0 to {_MOST_LOGPROBS}.", _MOST_LOGPROBS),
         options.get("lookup", False),
         options.get("persist", True),
@@ -100,13 +99,24 @@ def _whole(name: str, value: int | None, low: int, hint: str, high: int | None =
     return value
 
 
-def _form(schema: Any, regex: str | None, choice: Sequence[str] | None) -> Spec | None:
+def _texts(name: str, value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    texts = (value,) if isinstance(value, str) else value
+    if texts is None:
+        return None
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} is no list of texts.")
+    return tuple(texts)
+
+
+def _form(schema: Any, regex: str | None, choice: tuple[str, ...] | None) -> Spec | None:
     if sum(wish is not None for wish in (schema, regex, choice)) > 1:
         raise UsageError("Of schema, regex and choice only one can be given.")
     if schema is None and regex is None and choice is None:
         return None
+    if regex is not None and not isinstance(regex, str):
+        raise UsageError("regex is no text.")
     from qwen2_local import grammar
 
     if schema is not None:
         return grammar.spec_of(schema)
-    return grammar.Regex(regex) if regex is not None else grammar.OneOf(tuple(choice or ()))
+    return grammar.Regex(regex) if regex is not None else grammar.OneOf(choice or ())

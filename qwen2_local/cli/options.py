@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qwen2_local.types import Sampling
-
 _COUNT = click.IntRange(min=1)
-_SHARED = [
-    click.option("--system", help="The system message. Default: Qwen2's own."),
-    click.option("--temperature", type=float, help="0 is greedy. Default: the model's own, as for the next three."),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability."),
-    click.option("--top-k", type=int, help="Keep so many of the likeliest tokens; 0 is off."),
-    click.option("--seed", type=int, help="The same seed gives the same reply."),
-    click.option("--max-tokens", type=_COUNT, metavar="N", help="The longest reply, in tokens. Default: what the context holds."),
-    click.option("--context", type=_COUNT, metavar="N", help="Tokens of prompt and reply together. Default: 8192, or what the model has."),
-    click.option("--backend", type=click.Choice(["mlx", "llama.cpp"]), help="Default: what fits the machine and the file."),
-]
+
+system = click.option("--system", metavar="TEXT", help="The system message. Default: the model's own.")
 
 
-def shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds them to a command."""
-    for option in reversed(_SHARED):
-        command = option(command)
-    return command
+def _number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _schema(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
@@ -67,30 +53,47 @@ _REPLY = [
     click.option("--schema", callback=_schema, metavar="JSON|FILE", help="Reply in JSON that fits this JSON schema, or the one in this file."),
     click.option("--regex", metavar="PATTERN", help="Reply with text that this regular expression matches as a whole."),
     click.option("--choice", multiple=True, metavar="TEXT", help="Reply with one of these texts. Give it once for each."),
-    click.option("--logprobs", type=click.IntRange(0, 100), metavar="N", help="Also give log-probabilities, and those of the N likeliest tokens."),
+    click.option(
+        "--lookup", is_flag=True, default=None, help="Draft tokens from the text itself: the same reply, faster where it repeats something."
+    ),
+]
+_LOAD = [
+    click.option("--context", type=_COUNT, metavar="N", help="Tokens of prompt and reply together. Default: what the model and the memory allow."),
+    click.option("--backend", type=click.Choice(["mlx", "llama.cpp"]), help="Default: what fits the machine and the file."),
+    click.option("--draft", metavar="MODEL", help="A smaller model of the same family drafts: the same reply, faster."),
+    click.option("--adapter", metavar="PATH", help="Put this LoRA adapter on the model."),
+    click.option(
+        "--kv-bits",
+        type=click.Choice(["16", "8"]),
+        callback=_number,
+        help="Keep keys and values in 8 bits: half the memory, a little noise. Default: 16.",
+    ),
+    click.option("--no-kv-cache", "kv_cache", is_flag=True, flag_value=False, default=None, help="Keep nothing of this text on the disk."),
+    click.option("--force", is_flag=True, default=None, help="Load it also where it does not seem to fit into memory."),
+    click.option("--worker", is_flag=True, default=None, help="Run the model in a process of its own, so that its crash is only an error."),
 ]
 
 
 def wishes(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that say how to reply. The command gets what was given of them as one mapping, `wishes`: `Options` of the API."""
+    return _together(command, "wishes", _REPLY)
+
+
+def loads(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say how to load a model. The command gets what was given of them as one mapping, `loads`: arguments of `Qwen2`."""
+    return _together(command, "loads", _LOAD)
+
+
+def _together(command: Callable[..., Any], argument: str, options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    known = set(getattr(command, "__click_params__", ()))
+    names: list[str] = []
 
     @functools.wraps(command)
     def called(**given: Any) -> Any:
-        asked = {name: given.pop(name) for name in _NAMES}
-        return command(**given, wishes={name: value for name, value in asked.items() if value not in (None, ())})
+        asked = {name: given.pop(name) for name in names}
+        return command(**given, **{argument: {name: value for name, value in asked.items() if value not in (None, ())}})
 
-    for option in reversed(_REPLY):
+    for option in reversed(options):
         called = option(called)
+    names += [one.name for one in called.__dict__["__click_params__"] if one not in known]
     return called
-
-
-_NAMES = (
-    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "max_tokens", "stop",
-    "schema", "regex", "choice", "logprobs",
-)  # fmt: skip
-
-
-def sampling_from(base: Sampling, temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None) -> Sampling:
-    """The model's own sampling with what was given on the command line. Raises InvalidSampling."""
-    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    return replace(base, **{name: value for name, value in given.items() if value is not None})
