@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 from qwen2_local import kvcache
 from qwen2_local.backends.base import BackendInfo, Layout, Scores
 from qwen2_local.engine import Event, Request
 from qwen2_local.engine.reply import Mailbox, Reply
-from qwen2_local.errors import BackendError, UsageError, WorkerDied
+from qwen2_local.errors import BackendError, Cancelled, UsageError, WorkerDied
 from qwen2_local.worker.messages import Forget, Generate, Look, Score
 from qwen2_local.worker.process import Worker
 from qwen2_local.worker.setup import Setup
@@ -91,15 +91,17 @@ class RemoteEngine:
         return scores
 
     def forget(self, chunks: Iterable[str]) -> None:
-        """Delete KV, as `LocalEngine.forget`. Starts no worker: without one there is only what lies on the disk."""
+        """Delete KV, as `Engine.forget`. Starts no worker: without one there is only what lies on the disk."""
         names = tuple(chunks)
         worker = self._worker
         mailbox: Mailbox[object] = Mailbox()
         order = Forget(next(self._numbers), names)
         if worker is not None and worker.ask(order, mailbox):
             result = mailbox.take()
-            if not isinstance(result, WorkerDied):
+            if result is None:
                 return
+            if not isinstance(result, (WorkerDied, Cancelled)):  # else it is gone, and its memory with it
+                raise cast(BaseException, result)
         with closing(kvcache.open_default(self._setup.label)) as kv:
             kv.delete(names)
 

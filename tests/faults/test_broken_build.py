@@ -25,13 +25,13 @@ ANSWER = """
 import sys
 from pathlib import Path
 from qwen2_local import backends
-from qwen2_local.backends.base import Choice, Row
+from qwen2_local.backends.base import Choice, Layout, LoadOptions, Row
 from qwen2_local.errors import Qwen2LocalError
 try:
-    model = backends.load("llama.cpp", Path(sys.argv[1]), context=64)
+    model = backends.load("llama.cpp", Path(sys.argv[1]), layout=Layout(1, 64), options=LoadOptions("", 64))
 except Qwen2LocalError as error:
     sys.exit(f"{type(error).__name__}: {error}")
-print(model.step([Row(model.open(), range(40), Choice(320))])[0].token)
+print(model.step([Row(model.open(), range(40), (Choice(320),))])[0].chosen[0].token)
 for note in model.info.notes:
     print(note)
 """
