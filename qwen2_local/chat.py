@@ -176,6 +176,9 @@ class Chat:
         self._messages: dict[int, ChatMessage] = {}
         self._tip: int | None = None
         self._local = 0
+        # What the store does not know yet: messages by their ids (True: to be indexed as well), and where the conversation ends.
+        self._behind: dict[int, bool] = {}
+        self._moved = False
         self._chunks: list[str] = []
         self._ids: dict[int, list[int]] = {}
         self._current: Callable[[], Reply | None] = lambda: None
@@ -316,7 +319,6 @@ class Chat:
             self._store, self._number, self.unsaved = store or ChatStore.open(), None, ""
         self._catch_up()
         assert self._number is not None
-        self._store.end_with(self._number, self._tip)
         self._keep_chunks(())
         if title:
             self._store.rename(self._number, title)
@@ -336,7 +338,7 @@ class Chat:
         if self._chunks:
             self.model.forget(self._chunks)
         self._store, self._number, self._tip, self.unsaved = None, None, None, ""
-        self._messages, self._ids, self._chunks = {}, {}, []
+        self._messages, self._ids, self._chunks, self._behind, self._moved = {}, {}, [], {}, False
 
     # Inside
 
@@ -363,10 +365,10 @@ class Chat:
 
     def _end_with(self, message: int) -> None:
         self._require_idle()
-        self._tip = message
+        self._tip, self._moved = message, True
         with self._storing():
             if self._store is not None and self._number is not None:
-                self._store.end_with(self._number, message)
+                self._catch_up()
 
     def _answer(self, message: ChatMessage, **options: Unpack[Options]) -> Reply:
         """A reply to the question `message`, or the reply `message` itself, as far as it is there already."""
@@ -460,6 +462,7 @@ class Chat:
         self._local -= 1
         message = replace(message, id=self._local)
         self._messages[message.id] = message
+        self._behind[message.id] = True
         self._tip = message.id
         return message
 
@@ -473,14 +476,11 @@ class Chat:
             self._ids.pop(message.id, None)
         else:
             message = self._put(message)
-        known = message.id > 0
+        self._behind[message.id] = final
         with self._storing():
             if self._store is not None:
-                numbers = self._catch_up(index=final)
+                numbers = self._catch_up()
                 message = self._messages[numbers.get(message.id, message.id)]
-                if known:
-                    assert self._number is not None
-                    self._store.update(self._number, message, index=final)
         self._keep_chunks(chunks)
         return self._messages.get(message.id, message)
 
@@ -496,12 +496,13 @@ class Chat:
         """A store that fails costs no reply: the chat goes on in memory, and `unsaved` says so."""
         try:
             yield
-            self.unsaved = ""
+            if not self._behind:
+                self.unsaved = ""
         except Qwen2LocalError as error:
             self.unsaved = error.what
 
-    def _catch_up(self, *, index: bool = True) -> dict[int, int]:
-        """Puts what no store knows yet into the store; the new ids by the old ones."""
+    def _catch_up(self) -> dict[int, int]:
+        """Puts what the store does not know yet into the store; the new ids by the old ones."""
         assert self._store is not None
         numbers: dict[int, int] = {}
         if self._number is None:
@@ -509,10 +510,21 @@ class Chat:
             record = ChatRecord(self.title, False, False, now, now, self._tip, tuple(self._messages.values()))
             self._number, numbers = self._store.insert(record)
             self._renumber(numbers)
-        for message in [one for one in self._messages.values() if one.id < 0]:
-            parent = numbers.get(message.parent, message.parent) if message.parent is not None else None
-            numbers[message.id] = self._store.add(self._number, replace(message, parent=parent), index=index)
-            self._renumber({message.id: numbers[message.id]})
+            # A reply that is still being written is updated, and indexed, once more.
+            self._behind.clear()
+        while self._behind:
+            old, final = next(iter(self._behind.items()))
+            message = self._messages[old]
+            if old < 0:
+                numbers[old] = self._store.add(self._number, message, index=final)
+                self._renumber({old: numbers[old]})
+                self._moved = self._tip != numbers[old]
+            else:
+                self._store.update(self._number, message, index=final)
+            del self._behind[old]
+        if self._moved:
+            self._store.end_with(self._number, self._tip)
+            self._moved = False
         return numbers
 
     def _renumber(self, numbers: dict[int, int]) -> None:

@@ -6,12 +6,14 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_local import files, paths
 from qwen2_local.errors import BadFile, DoesNotFit, Qwen2LocalError, UsageError
+
+INDEX = "CREATE VIRTUAL TABLE words USING fts5(text, tokenize = 'unicode61 remove_diacritics 2')"
 
 MIGRATIONS = (
     # Version 1
@@ -40,13 +42,13 @@ MIGRATIONS = (
     CREATE INDEX messages_not_indexed ON messages(id) WHERE NOT indexed;
     CREATE TABLE chunks (chat INTEGER NOT NULL REFERENCES chats(id), name TEXT NOT NULL, PRIMARY KEY (chat, name)) WITHOUT ROWID;
     CREATE INDEX chunks_by_name ON chunks(name);
-    CREATE VIRTUAL TABLE words USING fts5(text, tokenize = 'unicode61 remove_diacritics 2');
-    """,
+    """
+    + INDEX,
 )
 """The statements that lead from each version of the tables to the next; the version is SQLite's `user_version`."""
 
 _BUSY_S = 10.0
-_SCHEMA_NAME = "chats.db"
+_NAME = "chats.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Opened:
 
 def default_path() -> Path:
     """Where this person's chats are."""
-    return paths.home() / _SCHEMA_NAME
+    return paths.home() / _NAME
 
 
 def in_memory() -> sqlite3.Connection:
@@ -80,28 +82,40 @@ def open_file(path: Path) -> Opened:
         return _unwritable(path)
     try:
         with errors(path):
+            if _suspicion(path).exists():
+                raise BadFile(f"{path} was found to be damaged.")
             connection = _connect(path) if path.exists() else None
             if connection is not None and _version(connection, path) == len(MIGRATIONS):
                 return Opened(connection, "", ())
             if connection is not None:
                 connection.close()
-            with files.lock(path.with_name(f"{path.name}.lock"), what=str(path), wait_s=_BUSY_S):
+            with _alone(path):
                 return _prepare(path)
     except BadFile as error:
-        with files.lock(path.with_name(f"{path.name}.lock"), what=str(path), wait_s=_BUSY_S), errors(path):
-            aside = set_aside(path)
+        with _alone(path), errors(path):
+            note = _restore(path, error)
+            _suspicion(path).unlink(missing_ok=True)
             fresh = _prepare(path)
-            note = f"{error.what} It was kept as {aside.name}; the chats begin anew." if aside else error.what
-            return Opened(fresh.connection, fresh.read_only, (note, *fresh.notes))
+            return Opened(fresh.connection, fresh.read_only, (*note, *fresh.notes))
 
 
-def set_aside(path: Path) -> Path | None:
-    """Gives a damaged database another name, under which it stays. None if another process has done so meanwhile."""
+def _alone(path: Path) -> AbstractContextManager[int]:
+    return files.lock(path.with_name(f"{path.name}.lock"), what=str(path), wait_s=_BUSY_S)
+
+
+def _suspicion(path: Path) -> Path:
+    """A file that is there from the moment on that damage was met, until the next start has looked at all of the database."""
+    return path.with_name(f"{path.name}.suspect")
+
+
+def _restore(path: Path, error: BadFile) -> tuple[str, ...]:
+    """Gives a damaged database another name, under which it stays; of one whose search index alone is damaged, the index is made anew."""
     try:
         with errors(path), closing(_connect(path)) as connection:
             _version(connection, path)
             if connection.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
-                return None
+                _check_index(connection)
+                return ()  # or another process was faster
     except BadFile:
         pass
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}")
@@ -110,7 +124,14 @@ def set_aside(path: Path) -> Path | None:
     for ending in ("-wal", "-shm"):
         with suppress(FileNotFoundError):
             path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
-    return aside
+    return (f"{error.what} It was kept as {aside.name}; the chats begin anew.",)
+
+
+def _check_index(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("INSERT INTO words(words) VALUES ('integrity-check')")
+    except sqlite3.DatabaseError:
+        connection.executescript(f"BEGIN IMMEDIATE; DROP TABLE words; {INDEX}; UPDATE messages SET indexed = 0; COMMIT")
 
 
 def remove_backups(path: Path) -> None:
@@ -136,6 +157,9 @@ def _ours(error: sqlite3.DatabaseError, path: Path | None, where: str) -> Qwen2L
     name = getattr(error, "sqlite_errorname", "")
     free = files.free_bytes(path) if path is not None else 1 << 40
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        if path is not None:
+            with suppress(OSError):
+                _suspicion(path).touch(mode=0o600)
         return BadFile(f"{where} is damaged ({error}).", hint="It is kept under another name at the next start, and the chats begin anew.")
     if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free < 1 << 20):
         return DoesNotFit(f"The disk is full at {where}: {free / 1e6:.1f} MB are free.", hint="Free some space: the chat is not saved until then.")
@@ -198,7 +222,7 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
     """All steps in one transaction: a crash leaves the old version."""
     if version == len(MIGRATIONS):
         return
-    steps = "".join(MIGRATIONS[version:])
+    steps = "; ".join(MIGRATIONS[version:])
     try:
         connection.executescript(f"BEGIN IMMEDIATE; {steps}; PRAGMA user_version = {len(MIGRATIONS)}; COMMIT")
     except BaseException:
@@ -208,6 +232,7 @@ def _migrate(connection: sqlite3.Connection, version: int) -> None:
 
 
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> None:
+    files.sweep(path.parent)  # what a crash has left of one
     with files.staging_file(path.with_name(f"{path.name}.before-{version + 1}"), overwrite=True) as copy, closing(sqlite3.connect(copy)) as to:
         connection.backup(to)
 

@@ -44,7 +44,7 @@ def list_(as_json: bool) -> None:
     _list(as_json)
 
 
-@chats.command()
+@chats.command(short_help="Print a chat.")
 @click.argument("number", metavar="ID", type=int)
 @_AS_JSON
 def show(number: int, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def show(number: int, as_json: bool) -> None:
         output.note("(The last reply was stopped, or broke off.)")
 
 
-@chats.command()
+@chats.command(short_help="List chats with some words.")
 @click.argument("words", nargs=-1, required=True)
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="The most chats to list.")
 @_AS_JSON
@@ -76,7 +76,7 @@ def search(words: tuple[str, ...], limit: int, as_json: bool) -> None:
         output.note("Nothing was found.")
 
 
-@chats.command()
+@chats.command(short_help="Write chats to a file.")
 @click.argument("numbers", metavar="ID...", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All chats, as JSON.")
 @click.option("--format", "form", type=_FORMAT, help="Default: JSON, or what the ending of FILE says.")
@@ -107,7 +107,7 @@ def export(numbers: tuple[int, ...], everything: bool, form: exchange.Format | N
     output.note(f"Wrote {target}.")
 
 
-@chats.command("import")
+@chats.command("import", short_help="Add chats from files.")
 @click.argument("sources", metavar="FILE...", nargs=-1, required=True)
 @click.option("--format", "form", type=_FORMAT, help="Default: told from what the file holds.")
 @_AS_JSON
@@ -126,7 +126,7 @@ def import_(sources: tuple[str, ...], form: exchange.Format | None, as_json: boo
         output.note(f"Added {'chat' if len(added) == 1 else f'{len(added):,} chats:'} {_numbers(added)}.")
 
 
-@chats.command()
+@chats.command(short_help="Give a chat another title.")
 @click.argument("number", metavar="ID", type=int)
 @click.argument("title")
 @_AS_JSON
@@ -141,7 +141,7 @@ def rename(number: int, title: str, as_json: bool) -> None:
         output.note(f"Chat {number} is now called {shown}.")
 
 
-@chats.command()
+@chats.command(short_help="Delete chats for good.")
 @click.argument("numbers", metavar="ID...", type=int, nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="All chats.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
