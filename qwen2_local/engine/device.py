@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from qwen2_local.backends.base import Backend, Chunk, Layout
-from qwen2_local.errors import BackendError, DoesNotFit
+from qwen2_local.errors import BackendError, DoesNotFit, Qwen2LocalError
 
 _log = logging.getLogger("qwen2_local.engine")
 
@@ -99,7 +99,7 @@ class Device:
             return True
         try:
             self.backend.import_kv(held.number, chunks)
-        except BackendError as error:
+        except Qwen2LocalError as error:
             _log.warning("KV was not taken back: %s", error)
             return False
         held.length += sum(chunk.tokens for chunk in chunks)
@@ -115,8 +115,12 @@ class Device:
     def restore(self, parked: Parked | None, tokens: list[int], *, persist: bool = True) -> Held:
         """Bring a sequence back, with as much of its KV as can be taken."""
         held = self.open(tokens, persist=persist)
-        if parked is not None and parked.fingerprint == self.backend.fingerprint:
-            self.append(held, [parked.chunk])
+        try:
+            if parked is not None and parked.fingerprint == self.backend.fingerprint:
+                self.append(held, [parked.chunk])
+        except BaseException:
+            self.free(held)
+            raise
         return held
 
     def move(self, layout: Layout, moving: Sequence[Held]) -> None:

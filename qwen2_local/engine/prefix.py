@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from qwen2_local.backends.base import Chunk, Layout
@@ -9,6 +10,8 @@ from qwen2_local.engine.common import common
 from qwen2_local.engine.device import Device, Held
 from qwen2_local.engine.work import Work
 from qwen2_local.kvcache import CHUNK, KvCache
+
+_log = logging.getLogger("qwen2_local.engine")
 
 _NEAR = 32
 """Tokens that are computed faster than they are fetched."""
@@ -30,11 +33,10 @@ class Prefixes:
         if work.parked is not None:
             self._free_slot()
             parked, work.parked = work.parked, None
-            held = self._device.restore(parked, work.tokens, persist=work.persist)
+            work.held = self._device.restore(parked, work.tokens, persist=work.persist)
         else:
-            held = self._begin(work, [other.sequence for other in live])
-        self._device.trim(held, work.reusable)
-        work.held = held
+            self._begin(work, [other.sequence for other in live])
+        self._device.trim(work.sequence, work.reusable)
 
     def keep(self, held: Held) -> None:
         """The request of this sequence is over; it stays until its slot is needed."""
@@ -57,10 +59,13 @@ class Prefixes:
         if self._kv is None or not self._device.exports:
             return
         fingerprint, tokens = self._device.backend.fingerprint, held.tokens[: held.length]
-        ranges = self._kv.missing(fingerprint, tokens)
-        chunks = self._device.export(held, ranges)
-        if len(chunks) == len(ranges):
-            self._kv.save(fingerprint, tokens, ranges, chunks, persist=held.persist)
+        try:
+            ranges = self._kv.missing(fingerprint, tokens)
+            chunks = self._device.export(held, ranges)
+            if len(chunks) == len(ranges):
+                self._kv.save(fingerprint, tokens, ranges, chunks, persist=held.persist)
+        except Exception:
+            _log.exception("The KV cache failed; a sequence is not kept.")
 
     def save_next(self) -> bool:
         """Save a resident that has something new. Was there one?"""
@@ -89,47 +94,50 @@ class Prefixes:
         """Nothing on the device is trusted any more."""
         self._residents.clear()
 
-    def _begin(self, work: Work, live: Sequence[Held]) -> Held:
+    def _begin(self, work: Work, live: Sequence[Held]) -> None:
         """A sequence for a new work: one that begins alike, or a fork of it, or an empty one; and behind that what the KV cache has."""
         wanted = work.tokens[: work.reusable]
         source, alike = _most_alike(wanted, [*live, *self._residents])
         resident = source is not None and source in self._residents
         alone = self._device.layout.sequences == 1
         if source is not None and resident and (alone or alike == source.length):
-            held = self._take_over(source, work, alike)
+            self._take_over(source, work, alike)
         elif source is not None and alike >= _WORTH_FORKING and self._free_slot(spared=source):
-            held = self._device.fork(source, alike, work.tokens, persist=work.persist)
+            work.held = self._device.fork(source, alike, work.tokens, persist=work.persist)
         elif source is not None and resident and alike >= _WORTH_FORKING:
-            held = self._take_over(source, work, alike)
+            self._take_over(source, work, alike)
         else:
             self._free_slot()
-            held = self._device.open(work.tokens, persist=work.persist)
-        self._fetch(held, wanted)
-        return held
+            work.held = self._device.open(work.tokens, persist=work.persist)
+        self._fetch(work.sequence, wanted)
 
-    def _take_over(self, held: Held, work: Work, length: int) -> Held:
+    def _take_over(self, held: Held, work: Work, length: int) -> None:
         self._residents.remove(held)
+        work.held = held
         if length < held.length:
             self.save(held)
             self._device.trim(held, length)
         held.tokens, held.persist = work.tokens, work.persist
-        return held
 
     def _fetch(self, held: Held, wanted: Sequence[int]) -> None:
         """Append what the KV cache has of a prompt, if that is more than the sequence has."""
         if self._kv is None or not self._device.exports or len(wanted) - held.length <= _NEAR:
             return
-        found = self._kv.find(self._device.backend.fingerprint, wanted, held.length // CHUNK * CHUNK)
-        if found.end - held.length <= _NEAR:
-            return
         chunks: list[Chunk] = []
-        known = found.start
-        for hit in found:
-            chunks.append(hit.chunk)
-            known += hit.tokens
+        known = start = held.length // CHUNK * CHUNK
+        try:
+            found = self._kv.find(self._device.backend.fingerprint, wanted, start)
+            if found.end - held.length <= _NEAR:
+                return
+            for hit in found:
+                chunks.append(hit.chunk)
+                known += hit.tokens
+        except Exception:
+            _log.exception("The KV cache failed; what it has is computed again.")
+            return
         if known <= held.length:
             return  # Its files were damaged.
-        self._device.trim(held, found.start)
+        self._device.trim(held, start)
         if self._device.append(held, chunks):
             self._device.trim(held, known)
             held.saved = known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,46 @@ def test_what_is_forgotten_is_not_saved_later(make: Callable[..., Harness], kv: 
     harness.engine.close()
     kv.flush()
     assert kv.sizes() == type(kv.sizes())(0, 0)
+
+
+class Broken:
+    """A KV cache with a fault of its own."""
+
+    def __getattr__(self, name: str):
+        if name in ("find", "missing", "save"):
+            raise RuntimeError("broken")
+        return lambda *_: ()
+
+
+def test_a_kv_cache_that_fails_costs_no_reply(make: Callable[..., Harness]) -> None:
+    harness = make(kv=Broken())
+    for start in (0, 400, 0):
+        prompt = range(start, start + 300)
+        assert tokens(harness.run(*prompt)) == expected(prompt, scrambled, most=3)
+
+
+@pytest.mark.parametrize("method", ["trim", "fork", "import_kv", "export_kv"])
+def test_a_backend_that_fails_between_steps_loses_no_sequence(
+    make: Callable[..., Harness], kv: KvCache, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    harness = make(kv=kv)
+    real = getattr(harness.backend, method)
+    failing = [True]
+
+    def fail(*arguments):
+        if failing[0]:
+            raise RuntimeError("device lost")
+        return real(*arguments)
+
+    monkeypatch.setattr(harness.backend, method, fail)
+    for _ in range(4):
+        for reply in [harness.engine.submit(request(*range(200), number, *range(300), max_tokens=20)) for number in range(4)]:
+            with suppress(BackendError):
+                list(reply)
+    failing[0] = False
+    for number in range(12):
+        prompt = (*range(200), number, 5)
+        assert tokens(harness.run(*prompt)) == expected(prompt, scrambled, most=3)
 
 
 # Side by side

@@ -321,7 +321,10 @@ def _outcome(schema: Any, tokenizer: Tokenizer, babbler: Babbler, seed: int, mos
         return "truncated"
     except SchemaError:
         return "no reply"
-    jsonschema.Draft202012Validator(schema).validate(value)
+    try:
+        jsonschema.Draft202012Validator(schema).validate(value)
+    except RecursionError:
+        return "no meaning"  # a definition that refers to itself at once: the standard leaves it open, the judge goes round for ever
     return "valid"
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2_local.backends.base import Choice
-from qwen2_local.sampling import Window, choose, reference, score, uniform
+from qwen2_local.sampling import Window, choose, distribution, reference, score, uniform
 from qwen2_local.types import Sampling
 from tests.support.statistics import chi_squared_fits
 
@@ -34,24 +34,6 @@ def support(logits, choice: Choice, steps: int = 2000) -> list[int]:
         chosen = choose(logits, replace(choice, uniform=step / steps)).token
         if not found or found[-1] != chosen:
             found.append(chosen)
-    return found
-
-
-def probabilities(logits, choice: Choice) -> dict[int, float]:
-    """The probability of every id that the reference may choose, by halving the interval of random numbers until its edges are known."""
-    found: dict[int, float] = {}
-
-    def look(low: float, high: float, first: int, last: int) -> None:
-        if first == last or high - low < 1e-9:
-            found[first] = found.get(first, 0.0) + high - low
-            return
-        middle = (low + high) / 2
-        between = reference(logits, replace(choice, uniform=middle)).token
-        look(low, middle, first, between)
-        look(middle, high, between, last)
-
-    ends = [reference(logits, replace(choice, uniform=edge)).token for edge in (0.0, 1 - 2**-53)]
-    look(0.0, 1.0, *ends)
     return found
 
 
@@ -335,14 +317,14 @@ def test_a_window_passes_on_what_sampling_says() -> None:
 # The whole
 
 
-def test_draws_have_the_exact_probabilities() -> None:
+def test_draws_have_the_exact_distribution() -> None:
     random = np.random.default_rng(5)
     logits = random.normal(0, 2, 50).astype(np.float32)
     window = Window([3, 5, 8, 13], Sampling(1.3, 0.97, 24, 1.2, min_p=0.01, presence_penalty=0.3, frequency_penalty=0.1, logit_bias={7: 1.0}))
     for number in (3, 7, 7, 40):
         window.add(number)
     choice = window.choice(48, 0.0, mask=lambda: mask_of(set(range(48)) - {11, 30}, 48))
-    expected = probabilities(logits, choice)
+    expected = distribution(logits, choice)
     assert sum(expected.values()) == pytest.approx(1)
     assert len(expected) > 10
     draws = Counter(choose(logits, replace(choice, uniform=uniform(11, position))).token for position in range(20_000))
