@@ -3,13 +3,13 @@
 In this order: ids from `limit` on are out; logit bias; repetition penalty (Hugging Face's: logits above zero are divided, others multiplied);
 presence and frequency penalty (OpenAI's: subtracted); mask; temperature; top_k; softmax; top_p (the smallest start of the likeliest that
 reaches it); min_p; one uniform number through the inverse of the cumulative distribution, candidates ordered by probability, then id.
-So (seed, position) decides a token alike on every backend. `choose` does it fast, `reference` plainly.
+So (seed, position) decides a token alike on every backend. `choose` does it fast, `reference` and `distribution` plainly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -273,9 +273,28 @@ def _log_total(row: Logits) -> float:
 def reference(logits: Logits, choice: Choice) -> Chosen:
     """What `choose` does, in plain Python: slow, and easy to see through. Tests compare the two."""
     raw = [float(logit) for logit in logits[: choice.limit]]
-    if any(math.isnan(logit) or logit == math.inf for logit in raw):
+    likely = distribution(logits, choice)
+    if not likely:
         return Chosen(-1)
-    scores = list(raw)
+    mark = choice.uniform * math.fsum(likely.values())
+    below = np.cumsum(list(likely.values()))
+    token = list(likely)[min(sum(1 for edge in below if edge <= mark), len(likely) - 1)]
+    if choice.top_logprobs is None:
+        return Chosen(token)
+    total = max(raw) + math.log(math.fsum(math.exp(logit - max(raw)) for logit in raw))
+    finite = (number for number in range(len(raw)) if raw[number] > -math.inf)
+    likeliest = sorted(finite, key=lambda number: (-raw[number], number))[: choice.top_logprobs]
+    return Chosen(token, raw[token] - total, tuple((number, raw[number] - total) for number in likeliest))
+
+
+def distribution(logits: Logits, choice: Choice) -> dict[int, float]:
+    """The probability of every id that can be chosen, likeliest first, of alike ones the lower id first; in plain Python, for `reference`.
+
+    Empty where `choose` gives -1.
+    """
+    scores = [float(logit) for logit in logits[: choice.limit]]
+    if any(math.isnan(score) or score == math.inf for score in scores):
+        return {}
 
     def put(token: int, value: float) -> None:
         scores[token] = value if value == -math.inf else float(np.float32(max(-_LARGEST, min(_LARGEST, value))))
@@ -290,33 +309,20 @@ def reference(logits: Logits, choice: Choice) -> Chosen:
     for token, count in zip(choice.counted, choice.counts, strict=True):
         if token < len(scores):
             put(int(token), scores[token] - (choice.presence_penalty + choice.frequency_penalty * int(count)))
+    allowed: Iterable[int] = range(len(scores))
     if choice.mask is not None:
         mask = choice.mask()
-        allowed = [token for token in range(len(scores)) if token // 32 < len(mask) and int(mask[token // 32]) >> token % 32 & 1]
-    else:
-        allowed = list(range(len(scores)))
+        allowed = [token for token in allowed if token // 32 < len(mask) and int(mask[token // 32]) >> token % 32 & 1]
     order = sorted((token for token in allowed if scores[token] > -math.inf), key=lambda token: (-scores[token], token))
-    if not order:
-        return Chosen(-1)
-    token = order[0] if choice.temperature == 0.0 else _plain_draw(scores, order, choice)
-    if choice.top_logprobs is None:
-        return Chosen(token)
-    total = max(raw) + math.log(math.fsum(math.exp(logit - max(raw)) for logit in raw))
-    finite = (token for token in range(len(raw)) if raw[token] > -math.inf)
-    likeliest = sorted(finite, key=lambda token: (-raw[token], token))[: choice.top_logprobs]
-    return Chosen(token, raw[token] - total, tuple((token, raw[token] - total) for token in likeliest))
-
-
-def _plain_draw(scores: Sequence[float], order: Sequence[int], choice: Choice) -> int:
-    """`order`: the ids that may be chosen, likeliest first."""
-    kept = list(order[: choice.top_k] if choice.top_k else order)
-    weights = [math.exp((scores[token] - scores[kept[0]]) / choice.temperature) for token in kept]
-    total = math.fsum(weights)
-    count = next((n for n in range(1, len(kept) + 1) if math.fsum(weights[:n]) >= choice.top_p * total), len(kept)) if choice.top_p < 1 else len(kept)
-    weights = [weight for weight in weights[:count] if weight >= choice.min_p]
-    mark, below = choice.uniform * math.fsum(weights), 0.0
-    for token, weight in zip(kept, weights, strict=False):
-        below += weight
-        if mark < below:
-            return token
-    return kept[max(n for n, weight in enumerate(weights) if weight > 0)]
+    if choice.temperature == 0.0:
+        return {token: 1.0 for token in order[:1]}
+    if choice.top_k:
+        order = order[: choice.top_k]
+    weights = [math.exp((scores[token] - scores[order[0]]) / choice.temperature) for token in order]
+    whole, kept, sum_so_far = math.fsum(weights), 0, 0.0
+    while kept < len(order) and (kept == 0 or sum_so_far < choice.top_p * whole or choice.top_p == 1.0):
+        sum_so_far += weights[kept]
+        kept += 1
+    likely = {token: weight for token, weight in zip(order[:kept], weights, strict=False) if weight > 0 and weight >= choice.min_p}
+    total = math.fsum(likely.values())
+    return {token: weight / total for token, weight in likely.items()}

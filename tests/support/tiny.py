@@ -12,8 +12,13 @@ KV_BYTES_PER_TOKEN = LAYERS * 2 * 32 * 2 * 2
 """Two KV heads of 32, keys and values, 16 bit."""
 
 
-def write_gguf(path: Path, *, seed: int = 0, poison: bool = False, width: int = 128, layers: int = LAYERS, inner: int = 256) -> Path:
-    """Write a model in 32-bit floats: width / 32 heads, half as many KV heads. poison: one weight is no number."""
+def write_gguf(
+    path: Path, *, seed: int = 0, poison: bool = False, width: int = 128, layers: int = LAYERS, inner: int = 256, deaf: bool = False
+) -> Path:
+    """Write a model in 32-bit floats: width / 32 heads, half as many KV heads.
+
+    poison: one weight is no number. deaf: attention adds nothing, so that logits depend on the token alone.
+    """
     import gguf
 
     heads = width // 32
@@ -55,6 +60,8 @@ def write_gguf(path: Path, *, seed: int = 0, poison: bool = False, width: int = 
             values = matrix(rows, columns)
             if poison and name == "ffn_down":
                 values[0, 0] = np.nan
+            if deaf and name == "attn_output":
+                values[:] = 0
             writer.add_tensor(f"blk.{layer}.{name}.weight", values)
         for name, size in (("attn_q", width), ("attn_k", kv), ("attn_v", kv)):
             writer.add_tensor(f"blk.{layer}.{name}.bias", random.standard_normal(size).astype(np.float32))
