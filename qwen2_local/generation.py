@@ -25,7 +25,7 @@ def from_config(config: Mapping[str, object], *, fallback: GenerationDefaults, w
     `fallback` gives the sampling where the file is silent about it; its ids end a reply too. Raises BadFile naming the field.
     """
     given = {name: value for name, value in config.items() if value is not None}
-    names = {"do_sample", "temperature", "top_p", "top_k", "repetition_penalty"}
+    names = {"do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
     sampling = fallback.sampling
     if names & given.keys():
         penalty = given.get("repetition_penalty", 1.0)
@@ -34,9 +34,10 @@ def from_config(config: Mapping[str, object], *, fallback: GenerationDefaults, w
             raise _bad(where, "do_sample", sample)
         if sample:
             # What Hugging Face assumes for the values left out.
-            sampling = _sampling(where, given.get("temperature", 1.0), given.get("top_p", 1.0), given.get("top_k", 50), penalty)
+            kept = given.get("top_p", 1.0), given.get("top_k", 50), given.get("min_p", 0.0)
+            sampling = _sampling(where, given.get("temperature", 1.0), *kept, penalty)
         else:
-            sampling = _sampling(where, 0.0, 1.0, 0, penalty)
+            sampling = _sampling(where, 0.0, 1.0, 0, 0.0, penalty)
     own = _ids(given["eos_token_id"], where) if "eos_token_id" in given else ()
     return GenerationDefaults(sampling, tuple(dict.fromkeys(own + fallback.eos)))
 
@@ -52,23 +53,24 @@ def from_gguf(
     prefix = "general.sampling."
     given = {name.removeprefix(prefix): value for name, value in keys.items() if name.startswith(prefix)}
     sampling = fallback or Sampling()
-    if given.keys() & {"temp", "top_p", "top_k", "penalty_repeat"}:
-        temperature = given.get("temp", 1.0)
-        sampling = _sampling(where, temperature, given.get("top_p", 1.0), given.get("top_k", 0), given.get("penalty_repeat", 1.0))
+    if given.keys() & {"temp", "top_p", "top_k", "min_p", "penalty_repeat"}:
+        kept = given.get("top_p", 1.0), given.get("top_k", 0), given.get("min_p", 0.0)
+        sampling = _sampling(where, given.get("temp", 1.0), *kept, given.get("penalty_repeat", 1.0))
     named = [number for key in ("eos", "eot") if (number := keys.get(f"tokenizer.ggml.{key}_token_id")) is not None]
     known = [special[name] for name in ("<|im_end|>", "<|endoftext|>") if name in special]
     return GenerationDefaults(sampling, _ids(named + known, where))
 
 
-def _sampling(where: str, temperature: object, top_p: object, top_k: object, penalty: object) -> Sampling:
-    for name, value in (("temperature", temperature), ("top_p", top_p), ("repetition_penalty", penalty)):
+def _sampling(where: str, temperature: object, top_p: object, top_k: object, min_p: object, penalty: object) -> Sampling:
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p), ("repetition_penalty", penalty)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise _bad(where, name, value)
     if type(top_k) is not int:
         raise _bad(where, "top_k", top_k)
-    assert isinstance(temperature, (int, float)) and isinstance(top_p, (int, float)) and isinstance(penalty, (int, float))
+    assert isinstance(temperature, (int, float)) and isinstance(top_p, (int, float))
+    assert isinstance(min_p, (int, float)) and isinstance(penalty, (int, float))
     try:
-        return Sampling(float(temperature), float(top_p), top_k, float(penalty))
+        return Sampling(float(temperature), float(top_p), top_k, float(penalty), min_p=float(min_p))
     except (InvalidSampling, OverflowError) as error:
         reason = error.what if isinstance(error, InvalidSampling) else "A value is too large."
         raise BadFile(f"{where}: {reason}", hint=_REPAIR) from error

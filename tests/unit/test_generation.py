@@ -22,6 +22,7 @@ SPECIAL = {"<|endoftext|>": 3, "<|im_start|>": 4, "<|im_end|>": 5}
         ({"eos_token_id": [9, 5]}, GenerationDefaults(FALLBACK.sampling, (9, 5, 3))),
         ({"do_sample": False, "repetition_penalty": 1.1, "temperature": 0.7}, GenerationDefaults(Sampling(repetition_penalty=1.1), (5, 3))),
         ({"temperature": 0.7}, GenerationDefaults(Sampling(), (5, 3))),
+        ({"do_sample": True, "min_p": 0.1, "top_k": 0}, GenerationDefaults(Sampling(temperature=1.0, min_p=0.1), (5, 3))),
         ({"do_sample": True}, GenerationDefaults(Sampling(temperature=1.0, top_k=50), (5, 3))),
         (
             {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "eos_token_id": [5, 3, 5]},
@@ -46,6 +47,8 @@ def test_configs_mean_what_hugging_face_means(config: dict[str, Any], expected: 
         ("top_p", 0),
         ("top_p", 2.0),
         ("top_p", []),
+        ("min_p", "0.1"),
+        ("min_p", 1.5),
         ("top_k", 2.5),
         ("top_k", -1),
         ("repetition_penalty", 0),
@@ -69,6 +72,7 @@ def test_a_gguf_with_sampling_keys() -> None:
     keys = {"general.sampling.temp": 0.7, "general.sampling.top_k": 20, "general.sampling.top_p": 0.8, "general.sampling.penalty_repeat": 1.1}
     defaults = from_gguf(keys | {"tokenizer.ggml.eos_token_id": 5}, SPECIAL, fallback=Sampling(temperature=0.1))
     assert defaults == GenerationDefaults(Sampling(0.7, 0.8, 20, 1.1), (5, 3))
+    assert from_gguf({"general.sampling.min_p": 0.05}, SPECIAL).sampling == Sampling(1.0, min_p=0.05)
 
 
 def test_a_gguf_without_them_takes_the_fallback_or_is_greedy() -> None:
