@@ -43,9 +43,9 @@ def kv_bytes(kv_values_per_token: int, context: int, kv_bits: float = 16) -> int
     return math.ceil(context * kv_values_per_token * kv_bits / 8)
 
 
-def memory_needed(weight_bytes: int, kv_values_per_token: int, context: int, kv_bits: float = 16, sequences: int = 1) -> int:
-    """Bytes of memory for a model with so many sequences of so many tokens."""
-    return weight_bytes + sequences * kv_bytes(kv_values_per_token, context, kv_bits) + OVERHEAD
+def memory_needed(weight_bytes: int, kv_values_per_token: int, context: int, kv_bits: float = 16) -> int:
+    """Bytes of memory for a model at a context of so many tokens."""
+    return weight_bytes + kv_bytes(kv_values_per_token, context, kv_bits) + OVERHEAD
 
 
 def largest_context(weight_bytes: int, kv_values_per_token: int, available: int, limit: int, kv_bits: float = 16) -> int:

@@ -58,7 +58,7 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class _Wish:
     """How a model is to be loaded; see `open_model`."""
 
     context: int | None = None
@@ -121,7 +121,7 @@ def open_model(
     if parallel < 1:
         raise UsageError(f"{parallel} requests at once are none.", hint="Give 1 or more.")
     ref = resolve(name)
-    wish = Wish(context, None if adapter is None else Path(adapter).expanduser(), kv_bits, force, parallel, beside)
+    wish = _Wish(context, None if adapter is None else Path(adapter).expanduser(), kv_bits, force, parallel, beside)
     if ref.format == "hf":
         opened = _open_converted(ref, wish, backend, report)
     else:
@@ -142,7 +142,7 @@ def installed_or_pulled(name: str, *, backend: str | None = None, report: Report
         return pull(name, backend=backend or backends.default_backend(), progress=progress)[0].name
 
 
-def _open(ref: ModelRef, wish: Wish, key: str = "") -> Opened:
+def _open(ref: ModelRef, wish: _Wish, key: str = "") -> Opened:
     """key: what tells a conversion from all others; "" for what is none."""
     return _open_gguf(ref, wish, key) if ref.format == "gguf" else _open_mlx(ref, wish, key)
 
@@ -154,7 +154,7 @@ def _require_backend(ref: ModelRef, backend: str | None) -> None:
         raise UsageError(f"{ref.path} is for {fitting}, not for {backend}.", hint=hint)
 
 
-def _open_gguf(ref: ModelRef, wish: Wish, key: str) -> Opened:
+def _open_gguf(ref: ModelRef, wish: _Wish, key: str) -> Opened:
     model = open_gguf(ref.path)
     keys, where = model.header.keys, str(ref.path)
     tokenizer = Tokenizer.from_gguf(keys, where=where)
@@ -178,7 +178,7 @@ def _open_gguf(ref: ModelRef, wish: Wish, key: str) -> Opened:
     )  # fmt: skip
 
 
-def _open_mlx(ref: ModelRef, wish: Wish, key: str) -> Opened:
+def _open_mlx(ref: ModelRef, wish: _Wish, key: str) -> Opened:
     model = open_checkpoint(ref.path)
     folder, config = model.folder, model.config
     tokenizer = Tokenizer.from_json(member(folder, "tokenizer.json"))
@@ -230,7 +230,7 @@ class _Room:
     notes: tuple[str, ...] = ()
 
 
-def _room(shape: _Shape, wish: Wish, what: str) -> _Room:
+def _room(shape: _Shape, wish: _Wish, what: str) -> _Room:
     """The contexts that the model and the memory allow. Raises UsageError, DoesNotFit."""
     longest = max(shape.native, shape.stretched)
     memory = fit.machine_memory()
@@ -289,7 +289,7 @@ def _mlx_kv_bits(asked: int, wide: int, layers: int) -> float:
 
 
 def _plan(
-    backend: str, path: Path, shape: _Shape, room: _Room, wish: Wish, identity: str, weights: tuple[Stamp, ...], adapter: FoundAdapter | None
+    backend: str, path: Path, shape: _Shape, room: _Room, wish: _Wish, identity: str, weights: tuple[Stamp, ...], adapter: FoundAdapter | None
 ) -> backends.Plan:
     options = LoadOptions(
         identity=identity,
@@ -352,7 +352,7 @@ def _agree(tokenizer: Tokenizer, vocabulary: int, path: Path) -> None:
         raise BadFile(f"{path}: the tokenizer has {tokenizer.size:,} tokens, the model only {vocabulary:,}.", hint=hint)
 
 
-def _open_converted(ref: ModelRef, wish: Wish, backend: str | None, report: Report | None) -> Opened:
+def _open_converted(ref: ModelRef, wish: _Wish, backend: str | None, report: Report | None) -> Opened:
     """Convert a checkpoint for a backend, once, and open the conversion; a damaged one is made anew."""
     from qwen2_converters.target import Target
 

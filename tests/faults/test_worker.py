@@ -68,9 +68,24 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def gone(pid: int) -> bool:
     """Is there no such process, or only its remains, for its parent to collect?"""
     try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    if sys.platform != "linux":
+        return subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout.strip()[:1] in ("", "Z")
+    try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def is_there(pid: int) -> bool:
+    """Is there such a process, be it a zombie?"""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # Death
@@ -114,7 +129,7 @@ def test_no_zombie_is_left(engine: RemoteEngine) -> None:
     pid = engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    assert until(lambda: not Path(f"/proc/{pid}").exists())
+    assert until(lambda: not is_there(pid))
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
