@@ -203,6 +203,8 @@ def parse(text: str, form: object, *, whole: bool = True) -> Any:
         return text
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_float=_float)
+        if _LONG_NUMBER.search(text) and not _fits(spec, json.dumps(value, ensure_ascii=False)):
+            raise ValueError("a number has more digits than are kept, and is out of bounds without them")
         return value if (validate := getattr(form, "model_validate_json", None)) is None else validate(text)
     except RecursionError as error:
         raise SchemaError("The reply is nested too deeply.", hint=_AGAIN) from error
@@ -219,6 +221,16 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(value) < len(pairs):
         raise ValueError("an object has a key twice")
     return value
+
+
+_LONG_NUMBER = re.compile(r"[\d.]{17}")
+"""Up to 15 digits a float keeps its place among others; 0.99999999999999999 is 1."""
+
+
+def _fits(spec: Spec, text: str) -> bool:
+    matcher = _matcher(spec, _bytes_vocabulary())
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
 
 
 def _float(digits: str) -> float:

@@ -264,6 +264,13 @@ def test_json_that_python_would_read_otherwise_is_no_reply(text: str) -> None:
         parse(text, True)
 
 
+def test_a_number_that_is_rounded_out_of_its_bounds_is_no_reply() -> None:
+    below = {"type": "object", "properties": {"share": {"type": "number", "exclusiveMaximum": 1}}, "required": ["share"]}
+    assert parse('{"share": 0.3333333333333333333333}', below) == {"share": 1 / 3}
+    with pytest.raises(SchemaError, match="digits"):
+        parse('{"share": 0.99999999999999999999}', below)
+
+
 def test_a_limit_may_cut_a_number_short_without_a_trace() -> None:
     """12 may be the beginning of 123: only a reply that ended by itself, or could not go on, is whole."""
     assert parse("12", {"type": "integer"}) == 12
