@@ -190,6 +190,10 @@ class Disk:
                 found.append(Stored(folder.name, _about(folder), len(held), sum(one.size for one in held), used))
         return sorted(found, key=lambda one: (one.model, one.fingerprint))
 
+    def names(self) -> list[str]:
+        """The names of all stored links."""
+        return [f"{folder.name}/{Path(one.path).name}" for folder in self._fingerprints() for one in self._scan(folder)]
+
     def used(self) -> int:
         """Bytes of all stored links. Looks at every file."""
         return sum(one.size for folder in self._fingerprints() for one in self._scan(folder))
