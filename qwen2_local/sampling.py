@@ -156,10 +156,15 @@ class _Tally:
             del self._place[token]
 
     def ids(self) -> Ids:
-        return self._ids[: len(self._place)].copy()
+        return _snapshot(self._ids[: len(self._place)])
 
     def counts(self) -> Ids:
-        return self._counts[: len(self._place)].copy()
+        return _snapshot(self._counts[: len(self._place)])
+
+
+def _snapshot(ids: Ids) -> Ids:
+    """A copy, by way of bytes: NumPy's own gives the interpreter to another thread meanwhile, and whoever decodes waits to get it back."""
+    return np.frombuffer(ids.tobytes(), np.int32)
 
 
 def _adjusted(scores: Logits, choice: Choice, *, fresh: bool) -> Logits:
