@@ -223,8 +223,11 @@ class Mlx:
         """Append the KV of tokens. Raises BackendError for data of a wrong size, ContextOverflow; the sequence is then as before."""
         model, present = self._loaded(), self._sound(sequence, 0)
         for chunk in chunks:
-            if chunk.tokens < 1 or len(memoryview(chunk.data).cast("B")) != chunk.tokens * self._kv_bytes:
-                fault = f"KV of {chunk.tokens} tokens has {len(chunk.data):,} bytes instead of {chunk.tokens * self._kv_bytes:,}."
+            expected = chunk.tokens * self._kv_bytes
+            flat = isinstance(chunk.data, (bytes, memoryview)) and memoryview(chunk.data).c_contiguous
+            size = memoryview(chunk.data).nbytes if flat else 0
+            if chunk.tokens < 1 or size != expected:
+                fault = f"A chunk of the KV of {chunk.tokens} tokens has {size:,} bytes instead of {expected:,}."
                 raise BackendError(fault, hint="Clear the KV cache: `qwen2-local cache clear`.")
         after = present.length + sum(chunk.tokens for chunk in chunks)
         self._require_room(after)
