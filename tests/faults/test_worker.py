@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import struct
@@ -313,6 +314,29 @@ def test_a_score_ends_with_the_model(tmp_path: Path) -> None:
     engine.close()
     thread.join(5)
     assert raised
+
+
+def test_loads_deaths_and_closes_leave_nothing_behind(tmp_path: Path) -> None:
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+
+    def cycle(number: int) -> None:
+        engine = RemoteEngine(setup(tmp_path), idle_s=60)
+        list(engine.generate(request(number)))
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: engine.pid is None)
+        list(engine.generate(request(number)))
+        engine.close()
+
+    cycle(1)
+    assert until(lambda: not any(thread.name.startswith("qwen2-local") for thread in threading.enumerate()))
+    before = held()
+    for number in range(2, 5):
+        cycle(number)
+    assert until(lambda: held() == before), (before, held())
 
 
 # Its output
