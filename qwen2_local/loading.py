@@ -76,7 +76,7 @@ class Opened:
     sampling: its own; stops: ids that end a reply; notes: sentences for the user.
     default_system: what its chats begin with, if they bring nothing; bos: ids that stand before plain text.
     plan: how to load it. memory: bytes it is estimated to take; kv_memory: bytes that the KV of all sequences at once may take. kv_cache: may
-    KV be kept on the disk?
+    KV be kept on the disk? label: its full name ("7b:q4_0", where "7b" was asked for), as the store has it; else its file's.
     """
 
     tokenizer: Tokenizer
@@ -89,6 +89,7 @@ class Opened:
     kv_memory: int
     notes: tuple[str, ...] = ()
     kv_cache: bool = True
+    label: str = ""
 
 
 def open_model(
@@ -127,7 +128,7 @@ def open_model(
     else:
         _require_backend(ref, backend)
         opened = _open(ref, wish)
-    return replace(opened, kv_cache=kv_cache)
+    return replace(opened, kv_cache=kv_cache, label=ref.label)
 
 
 def installed_or_pulled(name: str, *, backend: str | None = None, report: Report | None = None) -> str:

@@ -100,7 +100,7 @@ class Qwen2:
             raise UsageError(f"{draft} cannot draft for {name}: their vocabularies differ.", hint="Take a smaller model of the same family.")
         path = opened.plan.path
         setup = Setup(
-            opened.plan, name, smaller.plan if smaller else None, kv_cache, parallel, opened.kv_memory,
+            opened.plan, opened.label, smaller.plan if smaller else None, kv_cache, parallel, opened.kv_memory,
             path if path.is_file() else path / "tokenizer.json",
         )  # fmt: skip
         self._opened: Opened = opened
