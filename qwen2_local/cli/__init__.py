@@ -19,13 +19,16 @@ from qwen2_local.errors import Qwen2LocalError
 
 _COMMANDS = {
     # name: (module in this folder, help in one line)
-    "run": ("run", "Answer one prompt."),
+    "run": ("run", "Answer one prompt, or a file of them."),
     "chat": ("chat", "Talk with a model, line by line."),
     "chats": ("chats", "List, search, export, import and delete saved chats."),
     "pull": ("pull", "Fetch a model and install it."),
     "ls": ("models", "List the models on this computer."),
     "show": ("models", "Show what is known of a model."),
     "rm": ("models", "Delete an installed model."),
+    "bench": ("bench", "Measure a model's speed on this machine."),
+    "score": ("score", "Say how likely a model finds a text."),
+    "selftest": ("selftest", "Compare a model on every backend and precision, and write a report."),
     "cache": ("cache", "List or delete what models keep of texts they have read."),
     "convert": ("convert", "Convert a Hugging Face folder to GGUF or MLX."),
     "verify": ("verify", "Check a model's files, and its error against the source."),

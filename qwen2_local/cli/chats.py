@@ -14,7 +14,7 @@ from typing import get_args
 import click
 
 from qwen2_local import files, kvcache, paths
-from qwen2_local.chats import ChatStore, Summary, exchange
+from qwen2_local.chats import ChatStore, Summary, deletion, exchange
 from qwen2_local.cli import output
 from qwen2_local.errors import UsageError
 from qwen2_local.formats.magic import open_regular
@@ -156,7 +156,7 @@ def rm(numbers: tuple[int, ...], everything: bool, yes: bool, as_json: bool) -> 
         if not doomed or not output.confirmed(what, yes=yes):
             doomed = []
         else:
-            store.delete(doomed, forget=_forget)
+            deletion.delete(store, doomed, disk=kvcache.Disk(paths.kv()))
     if as_json:
         print(json.dumps({"deleted": doomed}))
     elif doomed:
@@ -198,12 +198,6 @@ def _bytes(source: str) -> bytes:
             return file.read(min(path.stat().st_size, exchange.MOST_BYTES) + 1)
     except FileNotFoundError:
         raise UsageError(f"There is no file {source}.", hint="Check its name.") from None
-
-
-def _forget(names: Iterable[str]) -> None:
-    disk = kvcache.Disk(paths.kv())
-    for name in names:
-        disk.remove(name)
 
 
 def _numbers(numbers: list[int]) -> str:
