@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 COMMAND = Path(sys.executable).with_name("qwen2-local")
 PARTS = ("greedy", "sampling", "prefill", "eight-64", "eight-3000")
 SLICE = 512
-QUESTION = "What can you do?"
+QUESTION = "How do I convert a model to GGUF?"
 DEFAULTS = Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1, seed=1)
 """What the generation_config of Qwen2's Instruct models says; the 0.5B's penalty."""
 GREEDY = Sampling()
@@ -288,7 +288,7 @@ def decoding(how: Sampling, prompt: Sequence[int], count: int) -> Callable[[str,
 
     def measure(name: str, contender: Contender, number: int) -> float:
         stamps = [clock() for _ in contender.tokens(prompt, count, how)]
-        if len(stamps) < count // 4:
+        if len(stamps) < count // 2:
             raise SystemExit(f"{name} ended after {len(stamps)} of {count} tokens")
         return (len(stamps) - 1) / (stamps[-1] - stamps[0])
 
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(KINDS)[1:], default=list(KINDS)[1:])
     parser.add_argument("--folder", type=Path, help="where the models of random weights are, or will be made")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=0, help="of a reply; by default 100 of the guide, 40 of 0.5B")
+    parser.add_argument("--tokens", type=int, default=0, help="of a reply; by default 48 of the guide, 40 of 0.5B")
     parser.add_argument("--cpu-time", action="store_true", help="count this process's processor time, not the clock: for a busy machine")
     options = parser.parse_args()
     if options.cpu_time:
@@ -365,7 +365,7 @@ def main() -> None:
 
 def run(what: str, path: Path, guide: bool, options: argparse.Namespace) -> dict[str, Any]:
     """One row: loads what takes part in it, and lets it go again."""
-    count = options.tokens or (100 if guide else 40)
+    count = options.tokens or (48 if guide else 40)
     length = int(what.removeprefix("eight-")) if what.startswith("eight") else 0
     names = [name for name in ("bare", *options.contenders) if not length or hasattr(KINDS[name], "together")]
     context = length + 256 if length else 2048
