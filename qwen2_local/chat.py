@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
 
-from qwen2_local import chatml
-from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, path_to
+from qwen2_local import chatml, kvcache, paths
+from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, deletion, path_to
 from qwen2_local.chats.records import title_of
 from qwen2_local.errors import ContextOverflow, InvalidPrompt, Qwen2LocalError, UsageError
 from qwen2_local.options import Options, settle
@@ -334,7 +334,7 @@ class Chat:
         """Deletes it for good, with what is kept of its KV; it is then empty, and not saved."""
         self._require_idle()
         if self._number is not None and self._store is not None:
-            self._store.delete([self._number], forget=self.model.forget)
+            deletion.delete(self._store, [self._number], disk=kvcache.Disk(paths.kv()), forget=self.model.forget)
         if self._chunks:
             self.model.forget(self._chunks)
         self._store, self._number, self._tip, self.unsaved = None, None, None, ""

@@ -8,6 +8,7 @@ deletes those. Knows neither models nor engines: tokens are numbers here.
   store      `ChatStore`: everything that is done with them
   schema     the tables; opening, migrating, and what becomes of a damaged or newer file
   words      what the search index is told of a text
+  deletion   deletes chats together with what models have computed of them
   exchange   chats as Markdown, JSON and OpenAI-style message lists, out and in
 """
 

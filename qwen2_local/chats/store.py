@@ -202,6 +202,20 @@ class ChatStore:
                 raise _unknown(chat)
             db.executemany("INSERT OR IGNORE INTO chunks(chat, name) VALUES (?, ?)", [(chat, name) for name in names])
 
+    def chunk_names(self, *, but: Iterable[int] = ()) -> set[str]:
+        """The names of all KV chunks of chats, or of all chats but some."""
+        with self._reading() as db:
+            rows = db.execute("SELECT chat, name FROM chunks").fetchall()
+        without = set(but)
+        return {name for chat, name in rows if chat not in without}
+
+    def broke_off(self, chats: Iterable[int]) -> bool:
+        """Has any of these chats a question without a reply, or a reply without an end? Then it may have KV whose names nobody wrote down."""
+        broken = """SELECT 1 FROM messages WHERE chat = ? AND (role = 'assistant' AND state = 'partial' AND finish_reason IS NULL
+            OR role = 'user' AND NOT EXISTS (SELECT 1 FROM messages AS replies WHERE replies.parent = messages.id)) LIMIT 1"""
+        with self._reading() as db:
+            return any(db.execute(broken, (_number(chat),)).fetchone() for chat in chats)
+
     def search(self, query: str, *, limit: int = 50) -> list[Hit]:
         """Chats with a message, or a title, that has all words of `query`: those found by their title first, then the newest message first.
 

@@ -1,0 +1,25 @@
+"""Chats go with what models have computed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from qwen2_local import kvcache
+from qwen2_local.chats.store import ChatStore
+
+
+def delete(store: ChatStore, chats: Sequence[int], *, disk: kvcache.Disk, forget: Callable[[Sequence[str]], None] | None = None) -> None:
+    """Deletes chats for good, and the KV that no other chat has. forget: deletes KV chunks; by default, those on `disk`.
+
+    If a chat broke off with its process, nobody wrote down what KV it had: then all goes that is not known to be another chat's. That
+    costs time, as what is missing is computed again, but no text.
+    """
+
+    def remove(names: Sequence[str]) -> None:
+        for name in names:
+            disk.remove(name)
+
+    if store.broke_off(chats):
+        kept = store.chunk_names(but=chats)
+        remove([name for name in disk.names() if name not in kept])
+    store.delete(chats, forget=forget or remove)
