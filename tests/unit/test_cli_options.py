@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from qwen2_local.cli.options import wishes
+from qwen2_local.options import Options
 
 SCHEMA = {"type": "array", "items": {"type": "string"}}
 
@@ -38,19 +39,22 @@ def test_what_is_not_given_is_not_there() -> None:
 def test_every_option_arrives_under_its_name_in_the_api() -> None:
     everything = (
         "--temperature 0.5 --top-p 0.9 --top-k 5 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --seed 7"
-        " --max-tokens 9 --stop a --stop b --logprobs 3 --regex a+"
+        " --max-tokens 9 --stop a --stop b --lookup --regex a+"
     )
     assert given(*everything.split(), "--choice", "yes", "--choice", "no") == {
         "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
-        "seed": 7, "max_tokens": 9, "stop": ("a", "b"), "logprobs": 3, "regex": "a+", "choice": ("yes", "no"),
+        "seed": 7, "max_tokens": 9, "stop": ("a", "b"), "lookup": True, "regex": "a+", "choice": ("yes", "no"),
     }  # fmt: skip
 
 
 def test_the_names_are_those_of_the_api() -> None:
-    from qwen2_local.cli.options import _NAMES
-    from qwen2_local.options import Options
+    @click.command()
+    @wishes
+    def command(wishes: dict[str, Any]) -> None: ...
 
-    assert set(_NAMES) <= Options.__required_keys__ | Options.__optional_keys__
+    names = {option.name for option in command.params}
+    assert len(names) >= 14
+    assert names <= Options.__required_keys__ | Options.__optional_keys__
 
 
 @pytest.mark.parametrize("form", ["inline", "@file", "file", "file with a mark"])
