@@ -77,7 +77,9 @@ def read_header(path: Path) -> SafetensorsHeader:
     if raw.count(b"{") + raw.count(b"[") > _MAX_CONTAINERS:
         raise _bad(path, "its header lists too many tensors")
     header = parse_object(raw, f"The header of {path}")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad(path, "__metadata__ is no table of strings")
     start = 8 + length

@@ -53,8 +53,8 @@ def _heads(count: int, kv: int, channels: int) -> dict[str, Any]:
 
 
 CASES = {
-    "dense, past 32,768": Case(random_qwen2.config(**_heads(1, 1, 64)), 32768, 33_000, 1),
-    "moe, past 32,768": Case(random_qwen2.moe_config(**_heads(1, 1, 64), num_experts=4), 32768, 33_000, 2),
+    "dense, past 32,768": Case(random_qwen2.config(**_heads(1, 1, 64), num_hidden_layers=1), 32768, 33_000, 1),
+    "moe, past 32,768": Case(random_qwen2.moe_config(**_heads(1, 1, 64), num_hidden_layers=1, num_experts=4), 32768, 33_000, 2),
     "dense, heads 4/2 of 64, past 512": Case(random_qwen2.config(**_heads(4, 2, 64)), 512, 1800, 3),
     "dense, heads 2/1 of 128, past 512": Case(random_qwen2.config(**_heads(2, 1, 128)), 512, 1800, 4),
     "moe, heads 4/2 of 64, past 512": Case(random_qwen2.moe_config(**_heads(4, 2, 64)), 512, 1800, 5),
