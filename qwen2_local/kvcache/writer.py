@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -12,6 +13,8 @@ from qwen2_local.errors import DoesNotFit
 from qwen2_local.kvcache.chain import Link
 from qwen2_local.kvcache.disk import Disk
 
+_log = logging.getLogger(__name__)
+_JOBS = 1000
 _RETRY_S = 60.0
 """After the disk has refused a write, the next is tried so much later."""
 
@@ -60,7 +63,8 @@ class Writer:
     def use(self, path: Sequence[Link]) -> None:
         """The links of a sequence were used just now. Returns at once."""
         with self._changed:
-            self._add(_Use(tuple(path)))
+            if len(self._queue) < _JOBS:  # else the disk hangs
+                self._add(_Use(tuple(path)))
 
     def forget(self, names: Collection[str] | None) -> None:
         """Returns when nothing of these names (None: nothing at all) is being stored, nor will be because of an earlier `store`."""
@@ -114,10 +118,13 @@ class Writer:
                 if isinstance(job, _Store):
                     self._now = job.link.name
                     self._waiting -= len(job.data)
-            if isinstance(job, _Use):
-                self._disk.touch(job.path)
-            elif time.monotonic() >= self._retry:
-                self._store(job)
+            try:
+                if isinstance(job, _Use):
+                    self._disk.touch(job.path)
+                elif time.monotonic() >= self._retry:
+                    self._store(job)
+            except Exception:  # whoever waits for this thread would wait for ever
+                _log.exception("The KV cache's writer failed; it goes on.")
             del job  # its data may be large
 
     def _store(self, job: _Store) -> None:

@@ -232,6 +232,22 @@ def test_a_disk_that_refuses_leaves_all_in_memory_with_one_note(tmp_path: Path, 
     again.close()
 
 
+def test_a_fault_of_its_own_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KvCache(tmp_path / "kv", budget=10**9)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "write", broken)
+        names = save(cache, FP, TOKENS)
+        assert known(cache, FP, TOKENS) == 600
+        cache.delete(names)
+    save(cache, FP, TOKENS)
+    assert cache.sizes().disk > 0
+    cache.close()
+
+
 def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "kv").write_text("mine")
     notes: list[str] = []
