@@ -21,6 +21,7 @@ MIGRATIONS = (
     CREATE TABLE chats (
         id INTEGER PRIMARY KEY AUTOINCREMENT,  -- no number is given twice, not even after a deletion
         title TEXT NOT NULL, named INTEGER NOT NULL, pinned INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+        model TEXT NOT NULL DEFAULT '', messages INTEGER NOT NULL DEFAULT 0,  -- of its last reply; how many: a list need not look at all
         tip INTEGER REFERENCES messages(id) DEFERRABLE INITIALLY DEFERRED
     );
     CREATE INDEX chats_by_use ON chats(pinned, used);

@@ -21,9 +21,7 @@ from qwen2_local.types import Usage
 
 _MESSAGE = """id, parent, role, text, state, created, tokens, tokenizer, model, sampling, finish_reason, left_out,
     prompt_tokens, cached_tokens, completion_tokens, prefill_s, decode_s, drafted_tokens, accepted_tokens"""
-_SUMMARY = """SELECT chats.id, title, named, pinned, chats.created, used,
-    coalesce((SELECT model FROM messages WHERE messages.chat = chats.id AND model IS NOT NULL ORDER BY messages.id DESC LIMIT 1), ''),
-    (SELECT count(*) FROM messages WHERE messages.chat = chats.id) FROM chats"""
+_SUMMARY = "SELECT id, title, named, pinned, created, used, model, messages FROM chats"
 
 
 class ChatStore:
@@ -98,7 +96,7 @@ class ChatStore:
     def summary(self, chat: int) -> Summary:
         """One chat."""
         with self._reading() as db:
-            row = db.execute(f"{_SUMMARY} WHERE chats.id = ?", (_number(chat),)).fetchone()
+            row = db.execute(f"{_SUMMARY} WHERE id = ?", (_number(chat),)).fetchone()
         if row is None:
             raise _unknown(chat)
         return _summary(row)
@@ -344,6 +342,7 @@ def _insert(db: sqlite3.Connection, chat: int, parent: int | None, message: Chat
     names = ", ".join(values)
     places = ", ".join(f":{name}" for name in values)
     number = _inserted(db.execute(f"INSERT INTO messages({names}) VALUES ({places})", values))
+    db.execute("UPDATE chats SET messages = messages + 1, model = coalesce(?, model) WHERE id = ?", (message.model or None, chat))
     if index:
         _index(db, number, message.text)
     return number
