@@ -45,7 +45,8 @@ _SHOWN = 600
 @click.option(
     "--overflow",
     type=click.Choice(["error", "drop_oldest", "keep_ends"]),
-    help="What to do when the context is full: say so (the default), leave the oldest turns out, or all but the first and the latest ones.",
+    metavar="POLICY",
+    help="When the context is full: error (say so; the default), drop_oldest (leave the oldest turns out) or keep_ends (all but the first and the latest).",
 )
 @system
 @wishes

@@ -15,7 +15,7 @@ import pytest
 from qwen2_local import Qwen2, __version__, backends
 from qwen2_local.store import Store, guide_folder
 from tests.support.installed import install
-from tests.support.program import Terminal, command, run
+from tests.support.program import Terminal, command, here, run
 
 COMMANDS = ("run", "chat", "chats", "ls", "show", "rm", "cache", "convert", "doctor", "completion")
 QUESTION = "What is GGUF?"
@@ -43,18 +43,18 @@ def usage_of(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 def test_help_lists_every_command_and_exit_code() -> None:
-    done = run("--help")
+    done = here("--help")
     assert done.returncode == 0
     for name in COMMANDS:
         assert re.search(rf"^  {name}  +\w", done.stdout, re.MULTILINE), name
-    for code in (0, 1, 2, 3, 4, 5, 130, 141):
+    for code in (0, 1, 2, 3, 4, 5, 6, 7, 130, 141):
         assert re.search(rf"\b{code} [a-z]", done.stdout), code
-    assert run("-h").stdout == done.stdout
+    assert here("-h").stdout == done.stdout
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
-    done = run(name, "--help")
+    done = here(name, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: qwen2-local {name} ")
     undocumented = [line for line in done.stdout.splitlines() if re.fullmatch(r"  -\S+( \S+)?", line)]
@@ -62,7 +62,7 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_version() -> None:
-    done = run("--version")
+    done = here("--version")
     assert (done.returncode, done.stdout) == (0, f"qwen2-local, version {__version__}\n")
 
 
@@ -70,7 +70,7 @@ def test_version() -> None:
     "arguments", [["walk"], ["--walk"], ["run", "--walk"], ["run", "guide", "a", "b"], ["run", "guide", "a", "--backend", "abacus"]]
 )
 def test_wrong_usage(arguments: list[str]) -> None:
-    done = run(*arguments)
+    done = here(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Usage:" in done.stderr
@@ -89,38 +89,41 @@ def test_help_and_version_load_nothing_large() -> None:
 
 
 def test_run_prints_the_reply_and_nothing_else(guide: Qwen2) -> None:
-    done = run("run", "guide", QUESTION, *FEW)
+    done = here("run", "guide", QUESTION, *FEW)
     assert done.returncode == 0
     assert done.stdout == guide.ask(QUESTION, max_tokens=8) + "\n"
     assert done.stderr == ""
 
 
 def test_a_prompt_on_stdin(guide: Qwen2) -> None:
-    done = run("run", "guide", *FEW, stdin=QUESTION + "\n")
+    done = here("run", "guide", *FEW, stdin=QUESTION + "\n")
     assert done.stdout == guide.ask(QUESTION, max_tokens=8) + "\n"
 
 
 def test_without_arguments_and_terminal_the_guide_answers_stdin(guide: Qwen2) -> None:
-    done = run(stdin=QUESTION)
+    done = here(stdin=QUESTION)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == guide.ask(QUESTION) + "\n"
 
 
 def test_text_on_stdin_is_added_to_the_prompt(guide: Qwen2) -> None:
-    done = run("run", "guide", "Summarise", "--json", "--max-tokens", "1", stdin="One.\nTwo.\n")
+    done = here("run", "guide", "Summarise", "--json", "--max-tokens", "1", stdin="One.\nTwo.\n")
     together = guide.stream("Summarise\n\nOne.\nTwo.", max_tokens=1).finish()
     assert usage_of(done)["prompt_tokens"] == together.usage.prompt_tokens
     assert json.loads(done.stdout)["text"] == together.text
 
 
 def test_json_is_one_object_on_the_last_line(guide: Qwen2) -> None:
-    done = run("run", "guide", QUESTION, "--json", *FEW)
+    done = here("run", "guide", QUESTION, "--json", *FEW)
     assert done.stdout.count("\n") == 1
     said = json.loads(done.stdout)
     expected = guide.stream(QUESTION, max_tokens=8).finish()
     assert list(said) == ["text", "finish_reason", "usage"]
     assert (said["text"], said["finish_reason"]) == (expected.text, expected.finish_reason)
-    assert list(said["usage"]) == ["prompt_tokens", "cached_tokens", "completion_tokens", "prefill_s", "decode_s", "decode_tokens_per_s"]
+    assert list(said["usage"]) == [
+        *("prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "accepted_tokens"),
+        *("prefill_s", "decode_s", "decode_tokens_per_s"),
+    ]
     assert said["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
     assert said["usage"]["completion_tokens"] == len(expected.tokens)
     assert said["usage"]["cached_tokens"] == 0
@@ -128,7 +131,7 @@ def test_json_is_one_object_on_the_last_line(guide: Qwen2) -> None:
 
 
 def test_json_keeps_chinese_readable() -> None:
-    done = run("run", "guide", "--raw", "你好", "--json", "--max-tokens", "40", *WILD)
+    done = here("run", "guide", "--raw", "你好", "--json", "--max-tokens", "40", *WILD)
     assert "\\u" not in done.stdout
     assert re.search(r"[\u4e00-\u9fff]", json.loads(done.stdout)["text"])
 
@@ -140,46 +143,46 @@ def test_an_output_that_cannot_take_chinese_takes_the_rest() -> None:
 
 
 def test_raw_is_without_a_template(guide: Qwen2) -> None:
-    done = run("run", "guide", "Qwen2 is", "--raw", "--json", "--max-tokens", "4")
+    done = here("run", "guide", "Qwen2 is", "--raw", "--json", "--max-tokens", "4")
     expected = guide.complete("Qwen2 is", max_tokens=4).finish()
     assert json.loads(done.stdout)["text"] == expected.text
     assert usage_of(done)["prompt_tokens"] == expected.usage.prompt_tokens
 
 
 def test_system(guide: Qwen2) -> None:
-    done = run("run", "guide", QUESTION, "--system", "Be brief, please.", "--json", "--max-tokens", "4")
+    done = here("run", "guide", QUESTION, "--system", "Be brief, please.", "--json", "--max-tokens", "4")
     expected = guide.stream(QUESTION, system="Be brief, please.", max_tokens=4).finish()
     assert usage_of(done)["prompt_tokens"] == expected.usage.prompt_tokens
     assert json.loads(done.stdout)["text"] == expected.text
 
 
 def test_system_and_raw_exclude_each_other() -> None:
-    done = run("run", "guide", "a", "--raw", "--system", "b")
+    done = here("run", "guide", "a", "--raw", "--system", "b")
     assert done.returncode == 2
     assert "--system" in done.stderr
 
 
 def test_the_same_seed_gives_the_same_reply() -> None:
     sampling = ("--raw", "Qwen2", "--temperature", "2", "--top-p", "0.95", "--top-k", "50", "--max-tokens", "12")
-    first, second, other = (run("run", "guide", *sampling, "--seed", seed).stdout for seed in ("1", "1", "2"))
+    first, second, other = (here("run", "guide", *sampling, "--seed", seed).stdout for seed in ("1", "1", "2"))
     assert first == second != other
 
 
 def test_top_k_of_one_is_greedy(guide: Qwen2) -> None:
-    done = run("run", "guide", QUESTION, "--temperature", "5", "--top-k", "1", *FEW)
+    done = here("run", "guide", QUESTION, "--temperature", "5", "--top-k", "1", *FEW)
     assert done.stdout == guide.ask(QUESTION, max_tokens=8) + "\n"
 
 
 @needs_mlx
 def test_the_backend_can_be_chosen() -> None:
-    done = run("run", "guide", QUESTION, "--backend", "mlx", "--json", "--max-tokens", "2")
+    done = here("run", "guide", QUESTION, "--backend", "mlx", "--json", "--max-tokens", "2")
     assert done.returncode == 0
     assert json.loads(done.stdout)["finish_reason"] == "length"
     assert done.stderr == "" or done.stderr.startswith(MLX_NOTE)
 
 
 def test_the_context_can_be_chosen() -> None:
-    done = run("run", "guide", "--raw", "a b c", "--context", "20", "--json", *WILD)
+    done = here("run", "guide", "--raw", "a b c", "--context", "20", "--json", *WILD)
     said = json.loads(done.stdout)
     assert said["finish_reason"] == "context"
     assert said["usage"]["prompt_tokens"] + said["usage"]["completion_tokens"] == 20
@@ -198,7 +201,7 @@ def test_the_context_can_be_chosen() -> None:
     ],
 )
 def test_absurd_values(option: str, value: str) -> None:
-    done = run("run", "guide", "hi", f"{option}={value}")
+    done = here("run", "guide", "hi", f"{option}={value}")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.search(option.lstrip("-").replace("-", "[-_ ]"), done.stderr), done.stderr
     assert value in done.stderr.replace(",", ""), done.stderr
@@ -224,7 +227,7 @@ def test_absurd_values_are_refused_before_anything_is_loaded() -> None:
     ],
 )
 def test_an_unknown_model_says_what_there_is(name: str, says: str) -> None:
-    done = run("run", os.fsencode(name), "hi")
+    done = here("run", os.fsencode(name), "hi")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
@@ -245,19 +248,19 @@ def test_an_unknown_model_says_what_there_is(name: str, says: str) -> None:
 def test_a_hostile_or_damaged_file(tmp_path: Path, content: bytes, says: str) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(content)
-    done = run("run", model, "hi")
+    done = here("run", model, "hi")
     assert (done.returncode, done.stdout) == (3, ""), done.stderr
     assert done.stderr.startswith("error: ")
     assert str(model) in done.stderr
     assert re.search(says, done.stderr, re.IGNORECASE), done.stderr
-    assert run("show", model).stderr == done.stderr
+    assert here("show", model).stderr == done.stderr
 
 
 def test_a_hostile_folder(tmp_path: Path) -> None:
     shutil.copytree(guide_folder(), tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"num_attention_heads": ', '"num_attention_heads": -'))
-    done = run("run", tmp_path / "model", "hi")
+    done = here("run", tmp_path / "model", "hi")
     assert (done.returncode, done.stdout) == (3, "")
     assert "num_attention_heads" in done.stderr
 
@@ -267,7 +270,7 @@ def test_a_folder_with_a_cut_off_shard(tmp_path: Path, home: Path) -> None:
     shard = tmp_path / "model" / "model.safetensors"
     os.truncate(shard, shard.stat().st_size - 100)
     before = sorted((home / "cache" / "converted").iterdir())
-    done = run("run", tmp_path / "model", "hi")
+    done = here("run", tmp_path / "model", "hi")
     assert (done.returncode, done.stdout) == (3, "")
     assert "model.safetensors" in done.stderr
     assert sorted((home / "cache" / "converted").iterdir()) == before
@@ -299,7 +302,7 @@ def test_what_does_not_fit_into_memory() -> None:
 
 
 def test_a_prompt_that_does_not_fit_into_the_context() -> None:
-    done = run("run", "guide", "--context", "64", stdin="word " * 500)
+    done = here("run", "guide", "--context", "64", stdin="word " * 500)
     assert (done.returncode, done.stdout) == (5, "")
     assert re.search(r"\d+ tokens.*64", done.stderr)
 
@@ -316,7 +319,7 @@ def test_a_prompt_that_does_not_fit_into_the_context() -> None:
     ],
 )
 def test_an_unreadable_prompt(prompt: str | bytes | None, stdin: bytes | str | None, says: str) -> None:
-    done = run("run", "guide", *([prompt] if prompt is not None else []), stdin=stdin)
+    done = here("run", "guide", *([prompt] if prompt is not None else []), stdin=stdin)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
@@ -342,7 +345,7 @@ def test_escape_sequences_do_not_reach_the_terminal(tmp_path: Path) -> None:
         ("run", "a", "b", red),
         ("rm", red),
     ):
-        done = run(*arguments)
+        done = here(*arguments)
         assert done.returncode in (2, 3)
         assert "red" in done.stderr
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr), done.stderr
@@ -404,11 +407,11 @@ def _made(folder: Path) -> Path:
 
 
 def test_ls(own_home: dict[str, Path]) -> None:
-    done = run("ls", env=own_home)
+    done = here("ls", env=own_home)
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[0] == ["NAME", "FORMAT", "SIZE", "CONTEXT"]
     assert [line[0] for line in lines[1:]] == ["0.5b:q4_0", "guide"]
-    models = json.loads(run("ls", "--json", env=own_home).stdout)
+    models = json.loads(here("ls", "--json", env=own_home).stdout)
     assert [model["name"] for model in models] == ["0.5b:q4_0", "guide"]
     assert set(models[0]) == {"name", "format", "bytes", "context"}
     assert models[0]["context"] == 32768
@@ -417,27 +420,27 @@ def test_ls(own_home: dict[str, Path]) -> None:
 
 
 def test_show(own_home: dict[str, Path]) -> None:
-    done = run("show", "0.5b", env=own_home)
+    done = here("show", "0.5b", env=own_home)
     assert done.returncode == 0
     assert re.search(r"^name +0.5b:q4_0$", done.stdout, re.MULTILINE)
-    facts = json.loads(run("show", "guide", "--json", env=own_home).stdout)
+    facts = json.loads(here("show", "guide", "--json", env=own_home).stdout)
     assert (facts["name"], facts["origin"], facts["architecture"], facts["context"]) == ("guide", "built-in", "qwen2", 8192)
     assert facts["parameters"] > 1_000_000
-    by_path = json.loads(run("show", guide_folder(), "--json").stdout)
+    by_path = json.loads(here("show", guide_folder(), "--json").stdout)
     assert by_path["origin"] == "path"
     assert by_path["parameters"] == facts["parameters"]
 
 
 def test_rm(own_home: dict[str, Path]) -> None:
-    unconfirmed = run("rm", "0.5b:q4_0", env=own_home)
+    unconfirmed = here("rm", "0.5b:q4_0", env=own_home)
     assert unconfirmed.returncode == 2
     assert "--yes" in unconfirmed.stderr
-    assert "0.5b:q4_0" in run("ls", env=own_home).stdout
-    done = run("rm", "0.5b", "--yes", env=own_home)
+    assert "0.5b:q4_0" in here("ls", env=own_home).stdout
+    done = here("rm", "0.5b", "--yes", env=own_home)
     assert (done.returncode, done.stdout) == (0, "")
     assert "0.5b:q4_0" in done.stderr
-    assert "0.5b:q4_0" not in run("ls", env=own_home).stdout
-    assert run("rm", "0.5b:q4_0", "--yes", env=own_home).returncode == 2
+    assert "0.5b:q4_0" not in here("ls", env=own_home).stdout
+    assert here("rm", "0.5b:q4_0", "--yes", env=own_home).returncode == 2
 
 
 def test_rm_asks_on_a_terminal(own_home: dict[str, Path]) -> None:
@@ -446,13 +449,13 @@ def test_rm_asks_on_a_terminal(own_home: dict[str, Path]) -> None:
             terminal.wait_for("Delete 0.5b:q4_0")
             terminal.type(f"{answer}\n")
             assert terminal.end() == code
-        assert ("0.5b:q4_0" in run("ls", env=own_home).stdout) == (answer == "n")
+        assert ("0.5b:q4_0" in here("ls", env=own_home).stdout) == (answer == "n")
 
 
 def test_rm_of_what_is_not_installed(own_home: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.gguf").write_bytes(b"GGUF")
     for name, says in (("guide", "built in"), (str(tmp_path / "mine.gguf"), "path"), ("7b", "not installed")):
-        done = run("rm", name, "--yes", env=own_home)
+        done = here("rm", name, "--yes", env=own_home)
         assert done.returncode == 2
         assert says in done.stderr
     assert (tmp_path / "mine.gguf").exists()
@@ -466,12 +469,12 @@ def test_a_damaged_model_is_refused_and_can_be_removed(own_home: dict[str, Path]
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size // 2)
-    done = run("run", "0.5b:q4_0", "hi", env=own_home)
+    done = here("run", "0.5b:q4_0", "hi", env=own_home)
     assert (done.returncode, done.stdout) == (3, "")
     assert damage == "manifest" or "qwen2-local rm 0.5b:q4_0" in done.stderr
-    assert run("ls", env=own_home).returncode == 0
-    assert run("rm", "0.5b:q4_0", "--yes", env=own_home).returncode == 0
-    assert "0.5b:q4_0" not in run("ls", env=own_home).stdout
+    assert here("ls", env=own_home).returncode == 0
+    assert here("rm", "0.5b:q4_0", "--yes", env=own_home).returncode == 0
+    assert "0.5b:q4_0" not in here("ls", env=own_home).stdout
 
 
 # convert
@@ -480,29 +483,29 @@ def test_a_damaged_model_is_refused_and_can_be_removed(own_home: dict[str, Path]
 @needs_llama
 def test_convert_to_gguf_and_run_it(tmp_path: Path) -> None:
     made = tmp_path / "guide.gguf"
-    done = run("convert", guide_folder(), "--to", "gguf:q8_0", "-o", made)
+    done = here("convert", guide_folder(), "--to", "gguf:q8_0", "-o", made)
     assert (done.returncode, done.stdout) == (0, "")
     assert str(made) in done.stderr
-    assert json.loads(run("show", made, "--json").stdout)["quantization"] == "Q8_0"
-    reply = run("run", made, QUESTION, *FEW)
+    assert json.loads(here("show", made, "--json").stdout)["quantization"] == "Q8_0"
+    reply = here("run", made, QUESTION, *FEW)
     assert (reply.returncode, reply.stderr) == (0, "")
     assert reply.stdout.strip()
-    again = run("convert", guide_folder(), "--to", "gguf:q4_0", "-o", made)
+    again = here("convert", guide_folder(), "--to", "gguf:q4_0", "-o", made)
     assert again.returncode == 2
     assert "exists" in again.stderr
-    assert run("convert", guide_folder(), "--to", "gguf:q4_0", "-o", made, "--force").returncode == 0
-    assert json.loads(run("show", made, "--json").stdout)["quantization"] == "Q4_0"
+    assert here("convert", guide_folder(), "--to", "gguf:q4_0", "-o", made, "--force").returncode == 0
+    assert json.loads(here("show", made, "--json").stdout)["quantization"] == "Q4_0"
     assert [path.name for path in tmp_path.iterdir()] == ["guide.gguf"]
 
 
 @needs_mlx
 def test_convert_to_mlx_and_run_it(tmp_path: Path) -> None:
-    done = run("convert", guide_folder(), "--to", "mlx:4bit", cwd=tmp_path)
+    done = here("convert", guide_folder(), "--to", "mlx:4bit", cwd=tmp_path)
     assert done.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["guide-mlx-4bit"]
-    reply = run("run", "./guide-mlx-4bit", QUESTION, "--max-tokens", "2", cwd=tmp_path)
+    reply = here("run", "./guide-mlx-4bit", QUESTION, "--max-tokens", "2", cwd=tmp_path)
     assert reply.returncode == 0
-    wrong = run("run", "./guide-mlx-4bit", "hi", "--backend", "llama.cpp", cwd=tmp_path)
+    wrong = here("run", "./guide-mlx-4bit", "hi", "--backend", "llama.cpp", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "is for mlx, not for llama.cpp" in wrong.stderr
 
@@ -525,30 +528,30 @@ def test_convert_to_mlx_and_run_it(tmp_path: Path) -> None:
     ],
 )
 def test_convert_refuses(own_home: dict[str, Path], tmp_path: Path, source: str, arguments: list[str], code: int, says: str) -> None:
-    here = _made(tmp_path / "here")
-    done = run("convert", guide_folder() if source == "GUIDE" else source, *arguments, cwd=here, env=own_home)
+    place = _made(tmp_path / "here")
+    done = here("convert", guide_folder() if source == "GUIDE" else source, *arguments, cwd=place, env=own_home)
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert "bug" not in done.stderr
-    assert list(here.iterdir()) == []
-    assert [model["name"] for model in json.loads(run("ls", "--json", env=own_home).stdout)] == ["0.5b:q4_0", "guide"]
+    assert list(place.iterdir()) == []
+    assert [model["name"] for model in json.loads(here("ls", "--json", env=own_home).stdout)] == ["0.5b:q4_0", "guide"]
 
 
 @needs_llama
 def test_convert_installs_under_a_name(own_home: dict[str, Path], tmp_path: Path) -> None:
-    here = _made(tmp_path / "here")
-    done = run("convert", "guide", "--to", "gguf:q4_0", "--name", "Mine:q4_0", cwd=here, env=own_home)
+    place = _made(tmp_path / "here")
+    done = here("convert", "guide", "--to", "gguf:q4_0", "--name", "Mine:q4_0", cwd=place, env=own_home)
     assert (done.returncode, done.stdout) == (0, "")
     assert "mine:q4_0 is installed" in done.stderr
-    assert list(here.iterdir()) == []
-    assert "mine:q4_0" in run("ls", env=own_home).stdout
-    shown = json.loads(run("show", "mine:q4_0", "--json", env=own_home).stdout)
+    assert list(place.iterdir()) == []
+    assert "mine:q4_0" in here("ls", env=own_home).stdout
+    shown = json.loads(here("show", "mine:q4_0", "--json", env=own_home).stdout)
     assert (shown["origin"], shown["quantization"], shown["source"]) == ("installed", "Q4_0", str(guide_folder().resolve()))
-    assert run("run", "mine:q4_0", QUESTION, *FEW, env=own_home).stdout.strip()
-    again = run("convert", "guide", "--to", "gguf:q8_0", "--name", "mine:q4_0", env=own_home)
+    assert here("run", "mine:q4_0", QUESTION, *FEW, env=own_home).stdout.strip()
+    again = here("convert", "guide", "--to", "gguf:q8_0", "--name", "mine:q4_0", env=own_home)
     assert again.returncode == 2
     assert "qwen2-local rm mine:q4_0" in again.stderr
-    assert run("rm", "mine:q4_0", "--yes", env=own_home).returncode == 0
+    assert here("rm", "mine:q4_0", "--yes", env=own_home).returncode == 0
 
 
 # Shell completion
@@ -556,7 +559,7 @@ def test_convert_installs_under_a_name(own_home: dict[str, Path], tmp_path: Path
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
-    done = run("completion", shell)
+    done = here("completion", shell)
     assert done.returncode == 0
     assert "_QWEN2_LOCAL_COMPLETE" in done.stdout
     assert "qwen2-local" in done.stdout
@@ -566,8 +569,8 @@ def test_completion(shell: str) -> None:
 
 def test_completion_knows_commands_and_options() -> None:
     variables = {"_QWEN2_LOCAL_COMPLETE": "bash_complete", "COMP_CWORD": "1"}
-    assert run(env={**variables, "COMP_WORDS": "qwen2-local r"}).stdout.split() == ["plain,run", "plain,rm"]
-    offered = run(env={**variables, "COMP_WORDS": "qwen2-local run --t", "COMP_CWORD": "2"}).stdout.split()
+    assert here(env={**variables, "COMP_WORDS": "qwen2-local r"}).stdout.split() == ["plain,run", "plain,rm"]
+    offered = here(env={**variables, "COMP_WORDS": "qwen2-local run --t", "COMP_CWORD": "2"}).stdout.split()
     assert offered == ["plain,--temperature", "plain,--top-p", "plain,--top-k"]
 
 
@@ -575,13 +578,13 @@ def test_completion_knows_commands_and_options() -> None:
 
 
 def test_chat_with_lines_from_a_pipe(guide: Qwen2) -> None:
-    done = run("chat", "guide", *FEW, stdin=f"{QUESTION}\n\n/new\n{QUESTION}\n")
+    done = here("chat", "guide", *FEW, stdin=f"{QUESTION}\n\n/new\n{QUESTION}\n")
     assert done.returncode == 0
     assert done.stdout == 2 * (guide.ask(QUESTION, max_tokens=8) + "\n")
 
 
 def test_chat_goes_on_after_what_is_no_prompt(guide: Qwen2) -> None:
-    done = run("chat", *FEW, "--context", "128", stdin=b"\xff\xfe\n" + b"word " * 300 + b"\n/fly\n/new\n" + QUESTION.encode() + b"\n/quit\nmore\n")
+    done = here("chat", *FEW, "--context", "128", stdin=b"\xff\xfe\n" + b"word " * 300 + b"\n/fly\n/new\n" + QUESTION.encode() + b"\n/quit\nmore\n")
     assert done.returncode == 0
     assert done.stdout == guide.ask(QUESTION, max_tokens=8) + "\n"
     for says in ("surrogate", "tokens", "There is no /fly"):

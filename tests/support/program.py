@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pty
 import select
@@ -13,6 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from unittest import mock
+
+from qwen2_local.cli import main
 
 MAIN = "from qwen2_local.cli import main; main()"
 
@@ -43,6 +48,31 @@ def run(
     text = subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
     assert "Traceback" not in text.stderr, text.stderr
     return text
+
+
+def here(
+    *arguments: str | bytes | Path,
+    stdin: str | bytes | None = None,
+    env: Mapping[str, str | Path] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process: much quicker, for all that does not depend on being one."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin or b""
+    streams = [io.TextIOWrapper(io.BytesIO(content), "utf-8", write_through=True) for content in (data, b"", b"")]
+    variables = {name: str(value) for name, value in (env or {}).items()}
+    with (
+        mock.patch.multiple(sys, stdin=streams[0], stdout=streams[1], stderr=streams[2], argv=["qwen2-local", *map(os.fsdecode, arguments)]),
+        mock.patch.dict(os.environ, variables),
+        contextlib.chdir(cwd or Path.cwd()),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    said = [stream.buffer.getvalue().decode() for stream in streams[1:]]  # type: ignore[attr-defined]
+    assert "Traceback" not in said[1], said[1]
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(list(arguments), code, *said)
 
 
 class Terminal:

@@ -86,6 +86,12 @@ class ScriptedStream:
         if self.completion is None:
             self._end("cancelled")
 
+    def finish(self) -> Completion:
+        for _ in self:
+            pass
+        assert self.completion is not None
+        return self.completion
+
     def _end(self, reason: FinishReason) -> None:
         text = "".join(piece.text for piece in self._given) + self._text.finish()
         tokens = tuple(piece.token for piece in self._given)

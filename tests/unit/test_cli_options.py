@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from qwen2_local.cli.options import wishes
+from qwen2_local.cli.options import loads, wishes
 from qwen2_local.options import Options
 
 SCHEMA = {"type": "array", "items": {"type": "string"}}
@@ -48,13 +50,14 @@ def test_every_option_arrives_under_its_name_in_the_api() -> None:
 
 
 def test_the_names_are_those_of_the_api() -> None:
-    @click.command()
-    @wishes
-    def command(wishes: dict[str, Any]) -> None: ...
+    from qwen2_local.model import Qwen2
 
-    names = {option.name for option in command.params}
-    assert len(names) >= 14
-    assert names <= Options.__required_keys__ | Options.__optional_keys__
+    def names(decorator: Callable[..., Any]) -> set[str]:
+        return {one.name for one in click.command()(decorator(lambda **_: None)).params if one.name}
+
+    assert len(names(wishes)) >= 14
+    assert names(wishes) <= Options.__required_keys__ | Options.__optional_keys__
+    assert names(loads) <= set(inspect.signature(Qwen2).parameters)
 
 
 @pytest.mark.parametrize("form", ["inline", "@file", "file", "file with a mark"])
