@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -190,7 +191,7 @@ class Chat:
     @classmethod
     def load(cls, model: ChatModel, number: int, store: ChatStore | None = None, *, overflow: Overflow = "error") -> Self:
         """A saved conversation, to go on with: `number` as `qwen2-local chats` shows it. Raises UnknownChat."""
-        store = store or ChatStore.open()
+        store = store or _own_store()
         record = store.record(number)
         chat = cls(model, store=store, overflow=overflow)
         chat._number, chat._tip = number, record.tip
@@ -316,7 +317,7 @@ class Chat:
         """Keep the conversation, from now on after every turn, too; its number. title: by default from the first question."""
         self._require_idle()
         if self._store is None or (store is not None and store is not self._store):
-            self._store, self._number, self.unsaved = store or ChatStore.open(), None, ""
+            self._store, self._number, self.unsaved = store or _own_store(), None, ""
         self._catch_up()
         assert self._number is not None
         self._keep_chunks(())
@@ -536,6 +537,14 @@ class Chat:
         }
         self._ids = {numbers.get(number, number): ids for number, ids in self._ids.items()}
         self._tip = new(self._tip)
+
+
+def _own_store() -> ChatStore:
+    """This person's, with its notes as warnings: nobody else looks at them."""
+    store = ChatStore.open()
+    for note in store.notes:
+        warnings.warn(note, stacklevel=3)
+    return store
 
 
 def _later(begin: Callable[[], Reply]) -> AsyncStream:

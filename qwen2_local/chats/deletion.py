@@ -19,7 +19,11 @@ def delete(store: ChatStore, chats: Sequence[int], *, disk: kvcache.Disk, forget
         for name in names:
             disk.remove(name)
 
-    if store.broke_off(chats):
-        kept = store.chunk_names(but=chats)
-        remove([name for name in disk.names() if name not in kept])
-    store.delete(chats, forget=forget or remove)
+    def forget_all(names: Sequence[str]) -> None:
+        if broke_off:
+            kept = store.chunk_names(but=chats)
+            remove([name for name in disk.names() if name not in kept])
+        (forget or remove)(names)
+
+    broke_off = store.kept and store.broke_off(chats)
+    store.delete(chats, forget=forget_all)

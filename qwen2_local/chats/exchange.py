@@ -102,7 +102,10 @@ def read(data: bytes, where: str, form: Format | None = None) -> Iterator[ChatRe
     if not text.strip():
         raise BadFile(f"{where} is empty.", hint=_HINT)
     if text.lstrip().startswith("["):
-        yield _from_openai(_parse(f'{{"messages":{text}\n}}', where), where)
+        given = _parse(f'{{"messages":{text}\n}}', where)
+        if len(given) > 1:
+            _refuse(where, "more comes after its list")
+        yield _from_openai(given, where)
         return
     lines = _objects(text)
     for number, line in enumerate(lines, 1):

@@ -149,8 +149,7 @@ class ChatStore:
                 raise _unknown(row[0])
             going = "IN (SELECT chat FROM going)"
             names = db.execute(f"SELECT name FROM chunks WHERE chat {going} EXCEPT SELECT name FROM chunks WHERE chat NOT {going}").fetchall()
-            if names:
-                forget([name for (name,) in names])
+            forget([name for (name,) in names])
             db.execute(f"DELETE FROM words WHERE rowid IN (SELECT id FROM messages WHERE chat {going})")
             for table, column in (("messages", "chat"), ("chunks", "chat"), ("chats", "id")):
                 db.execute(f"DELETE FROM {table} WHERE {column} {going}")
@@ -268,8 +267,10 @@ class ChatStore:
         if self.read_only:
             raise UsageError(self.read_only, hint="Start a temporary chat, or name another folder with QWEN2_LOCAL_HOME.")
         with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
+            if db.in_transaction:  # of a call that a Ctrl-C left at a bad moment
+                db.execute("ROLLBACK")
             try:
+                db.execute("BEGIN IMMEDIATE")
                 yield db
                 db.execute("COMMIT")
             except BaseException:

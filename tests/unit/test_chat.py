@@ -595,3 +595,13 @@ def test_what_fits_by_no_policy_is_refused() -> None:
     with pytest.raises(ContextOverflow, match="holds 200"):
         chat.send("b" * 300)
     assert len(chat.messages) == 2
+
+
+def test_what_was_wrong_with_ones_own_chats_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path))
+    (tmp_path / "chats.db").write_text("garbage " * 1000)
+    chat = Chat(ScriptedModel())
+    chat.send("x")
+    with pytest.warns(UserWarning, match="damaged"):
+        number = chat.save()
+    assert shown(Chat.load(ScriptedModel(), number)) == ["x", "ok"]

@@ -208,6 +208,7 @@ def changed(*path: str | int, to: object) -> str:
         "##user\nx",
         '[{"role": "user", "content": "a"}], "x": [',
         "[],[]",
+        '[{"role": "user", "content": "a"}], "x": [1]',
         "[" + "0," * 4_000_001 + "0]",
     ],
     ids=lambda text: text[:60] if len(text) < 1000 else f"{text[:20]}...",

@@ -130,6 +130,13 @@ def test_chats_that_are_not_there(store: ChatStore) -> None:
     assert len(store.summaries()) == 1
 
 
+def test_what_a_ctrl_c_left_half_done_is_undone(store: ChatStore) -> None:
+    store._connection.execute("BEGIN IMMEDIATE")
+    store._connection.execute("INSERT INTO chats(title, named, pinned, created, used) VALUES ('half', 0, 0, 0, 0)")
+    chat = talk(store, "x")
+    assert [one.id for one in store.summaries()] == [chat]
+
+
 def test_a_closed_store_says_so(store: ChatStore) -> None:
     store.close()
     store.close()
