@@ -97,7 +97,7 @@ class DraftModel:
 class Payoff:
     """Are drafts worth it? In units of a step without any."""
 
-    _FIRST, _MOST = 4, 16
+    _FIRST, _MOST = 2, 16
     _PAUSE, _LONGEST_PAUSE = 16, 512
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Payoff:
 
     def took(self, drafted: int, stood: int, cost: float) -> None:
         """A step with drafts is over: how many stood, and its time over that of a step without."""
-        self.length = min(2 * drafted, self._MOST) if stood == drafted else max(2, stood + 1)
+        self.length = min(2 * drafted, self._MOST) if stood == drafted else stood + 1
         self._balance = 0.7 * self._balance + (1 + stood - cost)
         if self._balance < -1:
             self._off_for, self._pause = self._pause, min(2 * self._pause, self._LONGEST_PAUSE)
