@@ -114,7 +114,7 @@ class Payoff:
 
     def took(self, drafted: int, stood: int, cost: float) -> None:
         """A step with drafts is over: how many stood, and its time over that of a step without."""
-        self.length = min(2 * drafted, self._MOST) if stood == drafted else stood + 1
+        self.length = min(4 * drafted, self._MOST) if stood == drafted else stood + 1
         self._balance = 0.7 * self._balance + (1 + stood - cost)
         if self._balance < -1:
             self._off_for, self._pause = self._pause, min(2 * self._pause, self._LONGEST_PAUSE)
