@@ -139,21 +139,24 @@ class Reply:
         with self._lock:
             if self._over:
                 return
-            self._over = True
-            self.completion = done = self._stream.completion
-            if done is None:
-                message, chunks = self._so_far(), tuple[str, ...]()
-            else:
-                message = replace(self._grown(done.text, done.tokens), usage=done.usage)
-                chunks = done.chunks
-                if not broken:
-                    cut = done.finish_reason == "cancelled"
-                    message = replace(message, finish_reason=done.finish_reason, state="partial" if cut else "whole")
-            # A reply that was stopped before its first letter is none.
-            if message.text or message.state == "whole" or message.id:
-                self._chat._keep(message, chunks, final=True)
-            else:
-                self._chat._keep_chunks(chunks)
+            try:
+                self._keep(broken)
+            finally:
+                self._over = True
+
+    def _keep(self, broken: bool) -> None:
+        self.completion = done = self._stream.completion
+        if done is None:
+            message, chunks = self._so_far(), tuple[str, ...]()
+        else:
+            message, chunks = replace(self._grown(done.text, done.tokens), usage=done.usage), done.chunks
+            if not broken:
+                message = replace(message, finish_reason=done.finish_reason, state="partial" if done.finish_reason == "cancelled" else "whole")
+        # A reply that was stopped before its first letter is none.
+        if message.text or message.state == "whole" or message.id:
+            self._chat._keep(message, chunks, final=True)
+        else:
+            self._chat._keep_chunks(chunks)
 
 
 class Chat:

@@ -218,6 +218,28 @@ def test_a_query_that_is_no_text(store: ChatStore) -> None:
         store.search("a\udc80")
 
 
+def test_nothing_but_a_deletion_looks_at_all_messages(store: ChatStore) -> None:
+    """What a turn costs does not depend on how many there are."""
+    chat = talk(store, "one", "two", "three")
+    asked: list[str] = []
+    store._connection.set_trace_callback(asked.append)
+    number = store.add(chat, ChatMessage("assistant", "four", parent=store.record(chat).tip), index=False)
+    store.update(chat, ChatMessage("assistant", "four five", number))
+    store.keep_chunks(chat, ["a"])
+    store.end_with(chat, 1)
+    store.rename(chat, "Title")
+    store.search("three")
+    store.broke_off([chat])
+    store.summaries()
+    store._connection.set_trace_callback(None)
+    plans = []
+    for statement in asked:
+        if statement.startswith(("SELECT", "UPDATE", "INSERT", "DELETE")) and "fts5" not in statement and "'words'" not in statement:
+            plans += [row[3] for row in store._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
+    assert any("SEARCH messages" in plan for plan in plans)
+    assert [plan for plan in plans if ("SCAN messages" in plan and "messages_not_indexed" not in plan) or "SCAN chunks" in plan] == []
+
+
 # Deletion
 
 
