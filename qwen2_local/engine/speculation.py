@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from qwen2_local.backends.base import Backend, Choice, Row
+from qwen2_local.backends.base import Backend, Choice, Layout, Row
 from qwen2_local.engine.common import common
+from qwen2_local.errors import DoesNotFit
 
 _SLICE = 64
 """Tokens that a draft model reads at once: a cancel waits for it."""
@@ -58,14 +59,19 @@ class DraftModel:
         self._choice = Choice(min(vocabulary, backend.info.vocabulary))
         self._limit = self._choice.limit
         self._sequence = backend.open()
+        self._longest = backend.info.context
         self._known: list[int] = []
         """What is in its KV."""
 
     def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
         """Its own greedy reply. It reads a long text slice by slice, one per call, and proposes nothing until it has caught up."""
         backend = self._backend
-        most = 0 if backend is None else min(most, backend.layout.context - len(tokens))
-        if backend is None or most < 1:
+        if backend is None:
+            return ()
+        if len(tokens) + most > backend.layout.context < self._longest:
+            self._grow(backend, len(tokens) + most)
+        most = min(most, backend.layout.context - len(tokens))
+        if most < 1:
             return ()
         known = common(self._known, tokens[: len(tokens) - 1])
         if known < len(self._known):
@@ -87,6 +93,15 @@ class DraftModel:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
+
+    def _grow(self, backend: Backend, need: int) -> None:
+        """Room for a longer text, which is read anew; where there is no memory for it, the room that there was."""
+        try:
+            backend.arrange(Layout(1, min(self._longest, max(need, 2 * backend.layout.context))))
+        except DoesNotFit:
+            self._longest = backend.layout.context
+        self._sequence = backend.open()
+        self._known.clear()
 
     def _step(self, backend: Backend, tokens: list[int], choose: Sequence[Choice]) -> int:
         (result,) = backend.step([Row(self._sequence, tokens, choose)])

@@ -125,6 +125,17 @@ def test_a_draft_model_proposes_nothing_past_its_own_context() -> None:
     assert list(draft.propose(list(range(10)), 8)) == []
 
 
+def test_a_draft_model_gets_room_for_a_longer_text_where_there_is_memory() -> None:
+    roomy, tight = Scripted(context=1000, usual=16), Scripted(context=1000, usual=16, most_tokens=20)
+    for backend, drafts in ((roomy, [20, 21, 22]), (tight, [])):
+        draft = DraftModel(backend, 1000)
+        assert list(draft.propose(list(range(10)), 3)) == [10, 11, 12]
+        assert list(draft.propose(list(range(20)), 3)) == drafts
+        assert list(draft.propose(list(range(8)), 3)) == [8, 9, 10]
+    assert [layout.context for layout in roomy.layouts] == [32]
+    assert tight.layouts == []
+
+
 def test_a_draft_model_reads_a_long_text_slice_by_slice() -> None:
     backend = Scripted(context=1000, step_tokens=512)
     draft = DraftModel(backend, 1000)
