@@ -22,9 +22,14 @@ def in_order(begin: Callable[[T], Stream], items: Iterable[T], *, concurrency: i
 
     An item that fails gives its error. Closing the iterator, or a Ctrl-C in it, stops all.
     """
+    return _in_order(begin, items, checked(concurrency))
+
+
+def checked(concurrency: int) -> int:
+    """It, if it is one. Raises UsageError."""
     if type(concurrency) is not int or concurrency < 1:
         raise UsageError(f"concurrency is {concurrency!r}, but has to be a whole number, at least 1.")
-    return _in_order(begin, items, concurrency)
+    return concurrency
 
 
 def _in_order(begin: Callable[[T], Stream], items: Iterable[T], concurrency: int) -> Generator[Completion | Exception]:

@@ -254,16 +254,37 @@ class Qwen2:
         """`complete`, for `async for`."""
         return _later(lambda: self.complete(text, **options))
 
-    async def amap(self, prompts: Iterable[str], **options: Any) -> list[str]:
-        """`map`, awaited."""
-        return await _threaded(lambda: self.map(prompts, **options))
+    async def amap(self, prompts: Iterable[str], *, concurrency: int = 8, progress: bool = True, **options: Any) -> list[Any]:
+        """`map`, awaited. A cancelled task stops the work."""
+        import asyncio
+
+        from qwen2_local.many import Meter, checked
+
+        meter = Meter(len(prompts) if isinstance(prompts, Sequence) else None, shown=progress)
+        numbered = enumerate(prompts)
+        replies: dict[int, Any] = {}
+
+        async def work() -> None:
+            for number, prompt in numbered:
+                replies[number] = await self.aask(prompt.removesuffix("\n"), **options)
+                meter.advance()
+
+        tasks = [asyncio.create_task(work()) for _ in range(checked(concurrency))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            meter.close()
+        return [replies[number] for number in sorted(replies)]
 
     async def ascore(self, text: str) -> Score:
-        """`score`, awaited."""
+        """`score`, awaited. A cancelled task does not wait for the rest."""
         return await _threaded(lambda: self.score(text))
 
     async def aloglikelihood(self, context: str, continuation: str) -> Score:
-        """`loglikelihood`, awaited."""
+        """`loglikelihood`, awaited, as `ascore`."""
         return await _threaded(lambda: self.loglikelihood(context, continuation))
 
     async def aclose(self) -> None:
