@@ -1,6 +1,6 @@
 """Greedy decoding on MLX beside `mlx_lm.stream_generate`: the same weights, the same prompt, the same number of tokens, turn by turn.
 
-    python benchmarks/decode_mlx.py [--model FOLDER] [--tokens 200] [--rounds 9]      in the project's environment
+    python benchmarks/decode_mlx.py [--model FOLDER] [--prompt 40] [--tokens 200] [--rounds 9]      in the project's environment
 
 The model is an MLX folder; by default the guide, converted to 16 and to 32 bits. Each round runs one after the other, in one process, and gives a
 ratio; medians are over the rounds, the first is not counted (mlx_lm compiles kernels). The last line is one JSON object; speeds are tokens
@@ -25,18 +25,19 @@ from qwen2_local.backends import mlx
 from qwen2_local.backends.base import Choice, Layout, LoadOptions, Row
 
 GUIDE = next((Path(__file__).parents[1] / "qwen2_local" / "guide").rglob("config.json")).parent
-PROMPT = list(range(100, 140))
 
 
-def ours(folder: Path, tokens: int) -> Callable[[], float]:
+def ours(folder: Path, prompt: list[int], tokens: int) -> Callable[[], float]:
     """A run of our backend, step by step as the engine asks for them."""
-    context = len(PROMPT) + tokens
+    context = len(prompt) + tokens
     backend = mlx.load(folder, layout=Layout(1, context), options=LoadOptions("benchmark", context))
     choice = Choice(backend.info.vocabulary)
 
     def run() -> float:
         sequence = backend.open()
-        token = backend.step([Row(sequence, PROMPT, [choice])])[0].chosen[0].token
+        for start in range(0, len(prompt), backend.step_tokens):
+            result = backend.step([Row(sequence, prompt[start : start + backend.step_tokens], [choice])])[0]
+        token = result.chosen[0].token
         before = time.perf_counter()
         for _ in range(tokens - 1):
             token = backend.step([Row(sequence, [token], [choice])])[0].chosen[0].token
@@ -47,7 +48,7 @@ def ours(folder: Path, tokens: int) -> Callable[[], float]:
     return run
 
 
-def theirs(folder: Path, tokens: int) -> Callable[[], float]:
+def theirs(folder: Path, prompt: list[int], tokens: int) -> Callable[[], float]:
     """A run of mlx_lm."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,7 +58,7 @@ def theirs(folder: Path, tokens: int) -> Callable[[], float]:
     tokenizer.eos_token_ids = set()
 
     def run() -> float:
-        replies = stream_generate(model, tokenizer, PROMPT, max_tokens=tokens)
+        replies = stream_generate(model, tokenizer, prompt, max_tokens=tokens)
         next(replies)
         before = time.perf_counter()
         count = sum(1 for _ in replies)
@@ -66,8 +67,8 @@ def theirs(folder: Path, tokens: int) -> Callable[[], float]:
     return run
 
 
-def measure(folder: Path, tokens: int, rounds: int) -> dict[str, float]:
-    a, b = ours(folder, tokens), theirs(folder, tokens)
+def measure(folder: Path, prompt: list[int], tokens: int, rounds: int) -> dict[str, float]:
+    a, b = ours(folder, prompt, tokens), theirs(folder, prompt, tokens)
     pairs = [(a(), b()) for _ in range(rounds + 1)][1:]
     result = {
         "ours": statistics.median(x for x, _ in pairs),
@@ -83,6 +84,7 @@ def measure(folder: Path, tokens: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--prompt", type=int, default=40, help="tokens before the reply")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
@@ -92,9 +94,9 @@ def main() -> None:
         for weights in () if options.model else ("f32", "bf16"):
             folders.append(convert(GUIDE, Target.parse(f"mlx:{weights}"), Path(made) / f"guide-{weights}"))
         for folder in folders:
-            results[folder.name] = measure(folder, options.tokens, options.rounds)
+            results[folder.name] = measure(folder, [100 + at % 200 for at in range(options.prompt)], options.tokens, options.rounds)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(json.dumps({"tokens": options.tokens, "rounds": options.rounds, "cores": cores, **results}))
+    print(json.dumps({"prompt": options.prompt, "tokens": options.tokens, "rounds": options.rounds, "cores": cores, **results}))
 
 
 if __name__ == "__main__":
