@@ -46,7 +46,7 @@ _SHOWN = 600
     "--overflow",
     type=click.Choice(["error", "drop_oldest", "keep_ends"]),
     metavar="POLICY",
-    help="When the context is full: error (say so; default), drop_oldest (leave the oldest turns out) or keep_ends (all but the first and the latest).",
+    help="When the context is full: error (say so; default), drop_oldest (leave the oldest turns out) or keep_ends (all but first and latest).",
 )
 @system
 @wishes
