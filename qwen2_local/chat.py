@@ -124,7 +124,11 @@ class Reply:
         # Who forgets it half-way does not want the rest.
         if not getattr(self, "_over", True):
             with suppress(Exception):
-                self.close()
+                try:
+                    self.close()
+                except UsageError:
+                    # The garbage collector came on a thread of the engine's, which waits neither for itself nor for a store.
+                    threading.Thread(target=self.close, name="qwen2-local forgotten reply", daemon=True).start()
 
     def _so_far(self) -> ChatMessage:
         text, tokens = "".join(piece.text for piece in self._pieces), tuple(piece.token for piece in self._pieces)

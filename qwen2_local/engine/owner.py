@@ -106,7 +106,7 @@ class Engine:
         work = Generation(request, mailbox, room, yarn=yarn)
         work.speculation = self._speculator.begin(lookup=request.lookup)
         self._send(work)
-        return Reply(mailbox, self._cancel, self._require_own_process)
+        return Reply(mailbox, self._cancel, self._require_reader)
 
     def score(self, tokens: Sequence[int], limit: int) -> Scores:
         """How likely each token but the first was as the one after those before it. limit: ids from here on are out of the distribution.
@@ -201,6 +201,11 @@ class Engine:
         if os.getpid() != self._process:
             hint = 'Load it in the process that uses it; with multiprocessing, choose the start method "spawn".'
             raise UsageError(f"The model was loaded by process {self._process}, of which this is a fork.", hint=hint)
+
+    def _require_reader(self) -> None:
+        self._require_own_process()
+        if threading.current_thread() is self._thread:  # the garbage collector may drop, and so close, anything there
+            raise UsageError("A reply cannot be awaited on the thread that computes it.", hint="Read it on another one.")
 
     # On the owner thread
 

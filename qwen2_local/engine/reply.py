@@ -28,20 +28,22 @@ class Mailbox(Generic[T]):
 class Reply:
     """The events of one request, made by `Engine.submit`. A reply that is forgotten cancels itself. For one reader; `cancel` is for any thread."""
 
-    def __init__(self, mailbox: Mailbox[Event], cancel: Callable[[Mailbox[Event]], None], require_own_process: Callable[[], None]) -> None:
+    def __init__(self, mailbox: Mailbox[Event], cancel: Callable[[Mailbox[Event]], None], require_reader: Callable[[], None]) -> None:
+        """require_reader: raises UsageError where what is to come cannot be awaited."""
         self._mailbox = mailbox
         self._cancel = cancel
-        self._require_own_process = require_own_process
+        self._require_reader = require_reader
         self._ended = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Event:
-        """The next event; waits for it. Raises BackendError where the engine failed, UsageError after a fork."""
+        """The next event; waits for it. Raises BackendError where the engine failed, UsageError after a fork and on the thread that
+        computes it: both would wait for ever."""
         if self._ended:
             raise StopIteration
-        self._require_own_process()
+        self._require_reader()
         event = self._mailbox.take()
         if isinstance(event, BaseException):
             self._ended = True

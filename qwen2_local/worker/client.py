@@ -74,7 +74,12 @@ class RemoteEngine:
             request.persist,
         )  # fmt: skip
         worker = self._ask(order, mailbox)
-        return Reply(mailbox, lambda _: worker.cancel(number), self._require_own_process)
+
+        def require_reader() -> None:
+            self._require_own_process()
+            worker.require_reader()
+
+        return Reply(mailbox, lambda _: worker.cancel(number), require_reader)
 
     def generate(self, request: Request) -> Generator[Event, None, None]:
         """Stream the reply, as `Engine.generate`: the work begins with the first `next`, and closing the iterator stops it."""

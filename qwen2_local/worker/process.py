@@ -21,7 +21,7 @@ from qwen2_local import __version__, paths
 from qwen2_local.backends.base import BackendInfo, Scores
 from qwen2_local.engine import Finished
 from qwen2_local.engine.reply import Mailbox
-from qwen2_local.errors import BackendError, Cancelled, Qwen2LocalError, WorkerDied
+from qwen2_local.errors import BackendError, Cancelled, Qwen2LocalError, UsageError, WorkerDied
 from qwen2_local.worker import messages
 from qwen2_local.worker.frames import Decoder, FrameError
 from qwen2_local.worker.messages import (
@@ -110,6 +110,11 @@ class Worker:
             self._pending[order.number] = _Waiting(mailbox, stopped)
         self._outgoing.put(frame)
         return True
+
+    def require_reader(self) -> None:
+        """Raises UsageError on the thread that brings what is to be read: the garbage collector may drop, and so close, anything there."""
+        if threading.current_thread() is self._reader:
+            raise UsageError("A reply cannot be awaited on the thread that brings it.", hint="Read it on another one.")
 
     def cancel(self, number: int) -> None:
         """Stop a request, if it is under way. From any thread, the garbage collector's too: takes no lock."""

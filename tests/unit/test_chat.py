@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from qwen2_local.chat import Chat
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
 from qwen2_local.errors import BackendError, ContextOverflow, DoesNotFit, InvalidPrompt, InvalidSampling, UnknownChat, UsageError
 from qwen2_local.types import Sampling
-from tests.support.scripted_chat import ScriptedModel
+from tests.support.scripted_chat import ScriptedModel, ScriptedStream
 from tests.support.small_tokenizer import CONTROL, small_gguf
 
 HEAD = "<|im_start|>system\nS<|im_end|>\n"
@@ -289,6 +290,27 @@ def test_a_reply_that_is_forgotten_is_stopped() -> None:
     gc.collect()
     assert [one.state for one in chat.messages] == ["whole", "partial"]
     chat.send("y")
+
+
+def test_one_that_is_forgotten_where_nobody_may_wait_is_kept_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, threads = ScriptedStream.close, []
+
+    def close(stream: ScriptedStream) -> None:
+        closed(stream)
+        threads.append(threading.current_thread())
+        if threads[-1] is here:  # as a stream says on the engine's own thread, where the garbage collector runs, too
+            raise UsageError("A reply cannot be awaited on the thread that computes it.")
+
+    here = threading.current_thread()
+    monkeypatch.setattr(ScriptedStream, "close", close)
+    chat = Chat(ScriptedModel("one two"))
+    next(chat.stream("x"))
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while len(chat.messages) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [one.state for one in chat.messages] == ["whole", "partial"]
+    assert len(threads) == 2
 
 
 def test_one_reply_at_a_time() -> None:

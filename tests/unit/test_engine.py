@@ -10,7 +10,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from qwen2_local.engine import Engine, Finished, Prefilled, Token
 from qwen2_local.errors import BackendError, ContextOverflow, DoesNotFit, Qwen2LocalError, UsageError
 from tests.support.engines import Harness, cached, end, request, tokens
-from tests.support.scripted import VOCABULARY, Scripted
+from tests.support.scripted import VOCABULARY, Scripted, counting
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).parents[2]
@@ -262,6 +262,25 @@ def test_any_thread_may_cancel(harness: Harness) -> None:
     events = list(reply)
     assert tokens(events) == [2, 3], "what came until then can be read"
     assert end(events) == "cancelled"
+
+
+def test_a_reply_cannot_be_awaited_on_the_thread_that_computes_it(harness: Harness) -> None:
+    refused = []
+
+    def rule(sequence: Sequence[int]) -> int:
+        # As the garbage collector may, which runs there, too.
+        if not refused:
+            with pytest.raises(UsageError, match="the thread that computes it") as caught:
+                next(other)
+            refused.append(caught)
+        return counting(sequence)
+
+    harness.backend.rule = rule
+    with harness.held():
+        first, other = (harness.engine.submit(request(start)) for start in (1, 600))
+    assert tokens(list(first)) == [2, 3, 4]
+    assert tokens(list(other)) == [601, 602, 603]
+    assert refused
 
 
 def test_a_cancel_after_the_end_is_nothing(harness: Harness) -> None:
