@@ -5,9 +5,9 @@
 Everything goes through `Qwen2` and `Chat`. The models have the exact shape of Qwen2-0.5B, in random weights (`--folder` keeps them); --quick takes
 the guide and 1,000 tokens. Each measurement is a new process: it loads the model, and from there, with a clock, opens the chat by its number and
 waits for the first token: of the last reply once more ("reopen", the same work with and without the cache), or of a further turn ("turn").
-warm: the system has the files of chat and KV in its memory; cold: it was told to drop them (posix_fadvise DONTNEED), and `read_mb` says what
-then came from the disk. The weights are loaded in either case, before the clock starts. prefill: with QWEN2_LOCAL_KV=off. Ratios are of medians in seconds, of processes
-in turn. The last line is one JSON object.
+warm: the system has the files of chat and KV in its memory; cold: it was told to drop them (posix_fadvise DONTNEED), and `read_mb` says what then
+came from the disk. The weights are loaded in either case, before the clock starts. prefill: with QWEN2_LOCAL_KV=off. Ratios are of medians in
+seconds, of processes in turn. The last line is one JSON object.
 """
 
 from __future__ import annotations

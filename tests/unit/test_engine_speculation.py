@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from qwen2_local.engine.speculation import DraftModel, Lookup, Payoff
+from qwen2_local.engine.speculation import DraftModel, Lookup, Payoff, Speculator
 from tests.support.engines import Harness, cached, end, finished, request, tokens
 from tests.support.scripted import VOCABULARY, Scripted, noise
 
@@ -239,3 +239,19 @@ def test_several_at_once_are_not_drafted_for(make: Callable[..., Harness]) -> No
     events = [list(reply) for reply in replies]
     assert [len(tokens(one)) for one in events] == [50, 50]
     assert all(len(part) == 1 for _, part in harness.backend.steps[4:-30])
+
+
+def test_one_step_that_a_busy_machine_held_up_switches_nothing_off() -> None:
+    def payoff(steps: int) -> Payoff:
+        speculator = Speculator(None)
+        speculation = speculator.begin(lookup=True)
+        assert speculation is not None
+        for _ in range(3):
+            speculator.took(speculation, 0, 0, 0.01)
+        for _ in range(steps):
+            speculator.drafts(speculation, [1, 2, 3], 2)
+            speculator.took(speculation, 2, 2, 1.0)
+        return speculation.payoff
+
+    assert payoff(1).wanted()
+    assert not payoff(5).wanted(), "always slow is no accident"
