@@ -28,16 +28,15 @@ class AsyncStream:
 
     def __init__(self, begin: Callable[[], Readable]) -> None:
         """`begin` starts the reply; it is called in a thread, at the first piece that is wanted."""
-        self._begin = begin
-        self._stream: Readable | None = None
+        self._reader = _Reader(begin)
         self._queue: asyncio.Queue[Piece | BaseException | None] | None = None
-        self._stopped = False
         self._ended = False
 
     @property
     def completion(self) -> Completion | None:
         """The whole, once the stream has ended."""
-        return None if self._stream is None else self._stream.completion
+        stream = self._reader.stream
+        return None if stream is None else stream.completion
 
     def __aiter__(self) -> Self:
         return self
@@ -46,11 +45,13 @@ class AsyncStream:
         """The next piece. Raises what the engine raises."""
         if self._ended:
             raise StopAsyncIteration
-        queue = self._queue or self._start()
+        if self._queue is None:
+            self._queue = self._reader.start()
+        queue = self._queue
         try:
             piece = await queue.get()
         except asyncio.CancelledError:
-            self._stop()
+            self._reader.stop()
             raise
         if isinstance(piece, Piece):
             return piece
@@ -61,7 +62,7 @@ class AsyncStream:
 
     async def aclose(self) -> None:
         """Stop the reply; what came so far is in `completion`. Idempotent."""
-        self._stop()
+        self._reader.stop()
         while not self._ended and self._queue is not None:
             self._ended = not isinstance(await self._queue.get(), Piece)
 
@@ -79,17 +80,22 @@ class AsyncStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        self._stop()
+        if reader := getattr(self, "_reader", None):
+            reader.stop()
 
-    def _stop(self) -> None:
-        self._stopped = True
-        if self._stream is not None:
-            self._stream.cancel()
 
-    def _start(self) -> asyncio.Queue[Piece | BaseException | None]:
+class _Reader:
+    """Reads a stream in a thread of its own, which does not know the `AsyncStream`: so who forgets that one stops the work."""
+
+    def __init__(self, begin: Callable[[], Readable]) -> None:
+        self._begin = begin
+        self._stopped = False
+        self.stream: Readable | None = None
+
+    def start(self) -> asyncio.Queue[Piece | BaseException | None]:
+        """The queue that gets the pieces, and last None or what was raised."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-        self._queue = queue
 
         def put(item: Piece | BaseException | None) -> None:
             if not loop.is_closed():
@@ -97,7 +103,7 @@ class AsyncStream:
 
         def pump() -> None:
             try:
-                self._stream = stream = self._begin()
+                self.stream = stream = self._begin()
                 if self._stopped:
                     stream.cancel()
                 for piece in stream:
@@ -108,6 +114,12 @@ class AsyncStream:
 
         threading.Thread(target=pump, name="qwen2-local async", daemon=True).start()
         return queue
+
+    def stop(self) -> None:
+        """Stop the work, which may not have begun."""
+        self._stopped = True
+        if self.stream is not None:
+            self.stream.cancel()
 
 
 async def in_thread(work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:

@@ -410,6 +410,23 @@ def test_a_cancelled_task_stops_the_reply() -> None:
     assert chat.messages[-1].state == "partial"
 
 
+def test_a_reply_that_is_forgotten_in_a_loop_is_stopped() -> None:
+    model = ScriptedModel("one two three")
+    chat = Chat(model)
+    go = threading.Event()
+    model.before = lambda number: None if number == 0 else go.wait(10) and None
+
+    async def talk() -> None:
+        async for _ in chat.astream("x"):
+            break
+        gc.collect()
+        go.set()
+        await asyncio.to_thread(lambda: [None for _ in range(200) if len(chat.messages) < 2 and not threading.Event().wait(0.01)])
+
+    asyncio.run(talk())
+    assert chat.messages[-1].state == "partial"
+
+
 # Kept
 
 
