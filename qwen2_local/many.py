@@ -67,7 +67,7 @@ def _in_order(begin: Callable[[T], Stream], items: Iterable[T], concurrency: int
         with lock:
             left = list(streams)
         for stream in left:
-            stream.close()
+            stream.cancel()  # whoever reads it gets to its end
         pool.shutdown()
 
 

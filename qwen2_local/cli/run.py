@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import sys
 import threading
 from collections.abc import Mapping
@@ -116,6 +115,8 @@ def _one(loaded: Qwen2, text: str, system: str | None, raw: bool, as_json: bool,
 
 def _several(loaded: Qwen2, text: str, system: str | None, raw: bool, as_json: bool, count: int, concurrency: int, wishes: Mapping[str, Any]) -> None:
     """Replies with one seed after the other; as text, they are printed in order, with an empty line between."""
+    import secrets
+
     from qwen2_local.many import Meter, in_order
 
     wish = settle(loaded.sampling, **wishes)

@@ -132,6 +132,28 @@ def test_ctrl_c_with_json_still_gives_the_object() -> None:
     assert said["usage"]["decode_tokens_per_s"] > 0
 
 
+@pytest.mark.parametrize("form", ["batch", "--n", "bench", "selftest"])
+def test_ctrl_c_stops_many_replies_and_keeps_what_is_whole(form: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text('{"prompt": "Qwen2", "max_tokens": 2}\n' + '"Qwen2"\n' * 8)
+    commands = {
+        "batch": ["run", "guide", "--batch", str(tmp_path / "prompts"), "--concurrency", "2", *WILD],
+        "--n": ["run", "guide", "Qwen2", "--n", "8", *WILD, "--json"],
+        "bench": ["bench", "guide", "--tokens", "4000"],
+        "selftest": ["selftest", "guide:q4_0", "--output", str(tmp_path)],
+    }
+    process = start(*commands[form], before=TELL_TOKENS)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stdin = None
+    wait_for(process, "token", times=20)
+    out, _ = interrupt(process)
+    if form == "batch":
+        assert [json.loads(line)["id"] for line in out.splitlines()][:1] in ([], [1]), "whole lines only"
+    elif form == "--n":
+        assert isinstance(json.loads(out), list)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+
+
 def test_ctrl_c_in_the_first_conversion_leaves_what_the_next_start_goes_on_with(tmp_path: Path) -> None:
     env = {"QWEN2_LOCAL_HOME": str(tmp_path)}
     process = start_pausing(env)

@@ -1,4 +1,4 @@
-"""`convert` of adapters and of GPTQ checkpoints, as processes."""
+"""`convert` of adapters and of GPTQ checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from qwen2_local.formats.gguf import read_gguf
 from tests.support import lora, packed, tiny_checkpoint
-from tests.support.program import run
+from tests.support.program import here as run
 
 CONFIG = tiny_checkpoint.dense(torch_dtype="float32", intermediate_size=200)
 WEIGHTS = tiny_checkpoint.weights(CONFIG, "F32")
