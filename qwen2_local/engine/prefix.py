@@ -51,14 +51,15 @@ class Prefixes:
             return ()
         return self._kv.names(self._device.backend.fingerprint, held.tokens[: held.length])
 
-    def save(self, held: Held) -> None:
-        """Bring what is new of a sequence into the KV cache."""
-        if held.saved == held.length:
+    def save(self, held: Held, *, growing: bool = False) -> None:
+        """Bring what is new of a sequence into the KV cache. growing: without its tail, which would soon be another."""
+        end = held.length // CHUNK * CHUNK if growing else held.length
+        if held.saved >= end:
             return
-        held.saved = held.length
+        held.saved = end
         if self._kv is None or not self._device.exports:
             return
-        fingerprint, tokens = self._device.backend.fingerprint, held.tokens[: held.length]
+        fingerprint, tokens = self._device.backend.fingerprint, held.tokens[:end]
         try:
             ranges = self._kv.missing(fingerprint, tokens)
             chunks = self._device.export(held, ranges)

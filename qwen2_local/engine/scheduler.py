@@ -276,11 +276,12 @@ class Scheduler:
             self._slices.took(read, seconds)
         for part, result in zip(parts, results, strict=True):
             try:
-                self._deliver(part, result, seconds)
+                self._deliver(part, result, seconds if len(parts) == 1 else None)
             except BaseException as error:
                 self._fail([part.work], error)
 
-    def _deliver(self, part: _Part, result: RowResult, seconds: float) -> None:
+    def _deliver(self, part: _Part, result: RowResult, seconds: float | None) -> None:
+        """seconds: that the step took, if it was for this one alone."""
         work, drafts, held = part.work, part.drafts, part.work.sequence
         known = len(work.tokens)
         held.length += part.count
@@ -289,12 +290,12 @@ class Scheduler:
             stood = common(drafts, work.tokens[known:])
             held.length += len(drafts)
             self.device.trim(held, known + stood)
-        if work.speculation is not None and part.count == 1:
+        if work.speculation is not None and part.count == 1 and seconds is not None:
             self._speculator.took(work.speculation, len(drafts), stood if drafts else 0, seconds)
         if over:
             self._end(work)
         elif part.count > 1 and work.kept and held.length - held.saved >= _SAVE_EVERY:
-            self._prefixes.save(held)
+            self._prefixes.save(held, growing=True)
 
     # How a request ends
 

@@ -11,7 +11,7 @@ import pytest
 from qwen2_local.backends.base import Layout
 from qwen2_local.engine import Finished
 from qwen2_local.errors import BackendError, ContextOverflow, UsageError
-from qwen2_local.kvcache import KvCache
+from qwen2_local.kvcache import Disk, KvCache
 from tests.support.engines import Harness, cached, end, expected, finished, request, tokens
 from tests.support.scripted import scrambled
 
@@ -162,6 +162,19 @@ def test_a_long_prompt_that_fails_has_left_what_was_read(make: Callable[..., Har
     with pytest.raises(BackendError):
         harness.run(*prompt)
     assert cached(harness.run(*prompt)) == 4096, "saved every 2,048 tokens"
+
+
+def test_of_a_prompt_that_is_still_read_only_whole_chunks_are_saved(make: Callable[..., Harness], kv: KvCache, tmp_path: Path) -> None:
+    harness = make(kv=kv, step_tokens=100)
+    harness.backend.fail[45] = RuntimeError("device lost")
+    prompt = [n % 1000 for n in range(7000)]
+    with pytest.raises(BackendError):
+        harness.run(*prompt)
+    kv.flush()
+    known = set(kv.names(harness.backend.fingerprint, prompt))
+    stored = Disk(tmp_path / "kv").names()
+    assert stored
+    assert set(stored) <= known, "those that the reply would have named"
 
 
 def test_what_is_not_to_persist_is_not_on_the_disk(make: Callable[..., Harness], kv: KvCache, tmp_path: Path) -> None:

@@ -104,6 +104,18 @@ def test_sampled_replies_are_the_same(make: Callable[..., Harness], seed: int, d
     assert [one for one in drafted if hasattr(one, "id")] == [one for one in plain if hasattr(one, "id")]
 
 
+def test_steps_that_others_share_do_not_tell_what_one_takes_alone(make: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = make()
+    rows: list[int] = []
+    monkeypatch.setattr(Speculator, "took", lambda *_: rows.append(harness.backend.batches[-1]))
+    with harness.held():
+        replies = [harness.engine.submit(request(*range(30 + number), max_tokens=20 + 20 * number, lookup=True)) for number in range(2)]
+    for reply in replies:
+        list(reply)
+    assert 2 in harness.backend.batches
+    assert set(rows) == {1}
+
+
 def test_a_draft_model_that_agrees_saves_steps(make: Callable[..., Harness]) -> None:
     harness = make(draft=lambda: Scripted(context=4096, rule=cycle), step_tokens=64)
     events = harness.run(*range(200), max_tokens=150)
