@@ -65,7 +65,8 @@ def selftest(models: tuple[str, ...], backend: str | None, folder: str, as_json:
         stem.with_suffix(".json").write_text(json.dumps(report, ensure_ascii=False, indent=1), "utf-8")
         markdown = stem.with_suffix(".md")
         markdown.write_text(_markdown(report, done, comparisons, passed), "utf-8")
-        print("All is well." if passed else "Something is wrong: see the report, and attach it to a bug report.")
+        failed = "Something is wrong: see the report, and attach it to a bug report." if sound else "Nothing could be tried."
+        print("All is well." if passed else failed)
         output.note(f"{markdown}\n{stem.with_suffix('.json')}")
     sys.exit(0 if passed else _FAILED)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2_local import store
 from qwen2_local.errors import BackendUnavailable, DoesNotFit, Qwen2LocalError, UnknownModel
+from qwen2_local.kvcache import settings
 from qwen2_local.types import Completion
 
 if TYPE_CHECKING:
@@ -228,8 +229,6 @@ def _try(trial: Trial, load: Callable[..., Qwen2], say: Callable[[str], None]) -
     say("loading")
     name, backend = trial.candidate.name, trial.candidate.backend
     began = time.perf_counter()
-    # On a line of its own, so that no earlier run has computed it.
-    long = f"{secrets.token_hex(8)}\n{_LONG * _KV_REPEATS}"
     with load(name, backend=backend) as model:
         trial.load_s = time.perf_counter() - began
         trial.backend, trial.version, trial.notes = model.info.name, model.info.version, model.notes
@@ -252,6 +251,9 @@ def _try(trial: Trial, load: Callable[..., Qwen2], say: Callable[[str], None]) -
         drafted = {prompt: Written.of(_begin(model, text, lookup=True).finish()) for prompt, text in PROMPTS.items()}
         trial.checks.append(_same("with prompt lookup", trial.replies, drafted))
         say("saving KV")
+        repeats = min(_KV_REPEATS, model.longest // 2 // len(model.tokenizer.encode(_LONG)))
+        # Begins like no other text, so that no earlier run has computed it.
+        long = f"{secrets.token_hex(8)}\n{_LONG * repeats}"
         cold = _begin(model, long, persist=True).finish()
     say("restoring KV")
     with load(name, backend=backend) as model:
@@ -291,7 +293,7 @@ def _same(what: str, before: Mapping[str, Written], after: Mapping[str, Written]
 
 def _restored(cold: Completion, warm: Completion) -> Check:
     what = "KV from the disk, in a new process"
-    if not cold.chunks:
+    if not cold.chunks or not settings.is_on():
         return Check(what, None, "nothing was kept: the KV cache is switched off, or cannot be used here")
     apart = parting(Written.of(cold), Written.of(warm))
     detail = f"{warm.usage.cached_tokens:,} of {warm.usage.prompt_tokens:,} tokens were there; {apart}"

@@ -10,6 +10,7 @@ import pytest
 
 from qwen2_local import Qwen2, backends
 from qwen2_local.cli import trials
+from tests.support import tiny_checkpoint
 from tests.support.program import here
 
 TEXT = "GGUF is the file format of llama.cpp."
@@ -79,6 +80,19 @@ def test_selftest_of_a_sound_model(tmp_path: Path) -> None:
     assert text.startswith("# Self-test: passed")
     assert "guide:q4_0" in text
     assert str(Path.home()) not in text + data.read_text(), "it names nobody"
+
+
+@pytest.mark.skipif(len(backends.available()) < 2, reason="only one backend is installed here")
+def test_selftest_of_a_checkpoint_is_of_both_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN2_LOCAL_KV", "off")
+    config = tiny_checkpoint.dense(max_position_embeddings=2048)
+    tiny_checkpoint.write(tmp_path / "model", config, tiny_checkpoint.weights(config))
+    done = here("selftest", tmp_path / "model", "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, report["comparisons"]
+    assert [one["candidate"]["label"] for one in report["trials"]] == ["model (GGUF F16)", "model (MLX BF16)"]
+    assert [one["checks"][-1]["passed"] for one in report["trials"]] == [None, None], "nothing is kept on the disk"
+    assert report["comparisons"][0]["passed"]
 
 
 @needs_llama
