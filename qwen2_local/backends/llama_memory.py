@@ -8,7 +8,7 @@ and what is put in replaces what was there. So only whole sequences go out and i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,18 +43,22 @@ class Memory:
                 f"llama.cpp could not cut sequence {sequence} to {length} tokens.", hint="Try again; if it stays, run `qwen2-local doctor`."
             )
 
-    def read(self, sequence: int, length: int, ranges: Sequence[tuple[int, int]]) -> list[Bytes]:
-        """The rows of ranges of a sequence of `length` tokens. Raises BackendError if llama.cpp writes them in a form that is unknown here."""
-        if not ranges:
-            return []
+    def read(self, sequence: int, length: int, ranges: Sequence[tuple[int, int]]) -> Iterator[Bytes]:
+        """The rows of ranges of a sequence of `length` tokens, one after the other: together they may take as much as the cells.
+
+        Raises BackendError if llama.cpp writes them in a form that is unknown here.
+        """
         if self.form.streams == 1:
-            return [self._read_range(sequence, start, stop) for start, stop in ranges]
-        whole, row = self._read_all(sequence, 0, length), self.form.row
-        return [whole[:, start * row : stop * row] for start, stop in ranges]
+            for start, stop in ranges:
+                yield self._read_range(sequence, start, stop)
+        elif ranges:
+            whole, row = self._read_all(sequence, 0, length), self.form.row
+            for start, stop in ranges:
+                yield whole[:, start * row : stop * row]
 
     def append(self, sequence: int, length: int, parts: Sequence[Bytes]) -> None:
         """Put rows behind the `length` tokens of a sequence. Raises BackendError; the sequence is then as before."""
-        before = self.read(sequence, length, [(0, length)]) if self.form.streams > 1 and length else []
+        before = list(self.read(sequence, length, [(0, length)])) if self.form.streams > 1 and length else []
         try:
             if self.form.streams > 1:
                 self._write(sequence, [*before, *parts], 0)

@@ -162,7 +162,7 @@ class LlamaCpp:
         try:
             # Through memory of ours: llama.cpp's copy between streams waits for the next step, and takes the whole stream.
             if length:
-                self._memory.append(fork, 0, self._memory.read(sequence, present, [(0, length)]))
+                self._memory.append(fork, 0, list(self._memory.read(sequence, present, [(0, length)])))
         except BaseException:
             self.free(fork)
             raise

@@ -12,6 +12,9 @@ from qwen2_local.errors import BackendError, DoesNotFit, Qwen2LocalError
 
 _log = logging.getLogger("qwen2_local.engine")
 
+_PARKED = 2048
+"""Tokens whose KV is copied at once on its way out and in: that of a long sequence may take as much memory as there is."""
+
 
 @dataclass(slots=True, eq=False)
 class Held:
@@ -33,7 +36,7 @@ class Parked:
     """The KV of the first tokens of a sequence that left the device."""
 
     fingerprint: str
-    chunk: Chunk
+    chunks: Sequence[Chunk]
 
 
 class Device:
@@ -107,17 +110,17 @@ class Device:
 
     def park(self, held: Held) -> Parked | None:
         """Take a sequence off the device with its KV; None where that cannot leave it."""
-        chunks = self.export(held, [(0, held.length)]) if held.length else []
+        chunks = self.export(held, [(start, min(start + _PARKED, held.length)) for start in range(0, held.length, _PARKED)])
         fingerprint = self.backend.fingerprint
         self.free(held)
-        return Parked(fingerprint, chunks[0]) if chunks else None
+        return Parked(fingerprint, chunks) if chunks else None
 
     def restore(self, parked: Parked | None, tokens: list[int], *, persist: bool = True) -> Held:
         """Bring a sequence back, with as much of its KV as can be taken."""
         held = self.open(tokens, persist=persist)
         try:
             if parked is not None and parked.fingerprint == self.backend.fingerprint:
-                self.append(held, [parked.chunk])
+                self.append(held, parked.chunks)
         except BaseException:
             self.free(held)
             raise

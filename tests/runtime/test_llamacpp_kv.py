@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_put_back_it_gives_the_logits_of_a_cold_run_to_the_bit(backend: LlamaCpp
     sequence = backend.open()
     backend.import_kv(sequence, chunks)
     np.testing.assert_array_equal(logits(backend, sequence, TOKENS[64:]), cold)
+
+
+def test_one_range_after_the_other_is_copied(backend: LlamaCpp) -> None:
+    sequence = backend.open()
+    backend.step([Row(sequence, TOKENS)])
+    tracemalloc.start()
+    try:
+        chunks = backend.export_kv(sequence, [(start, start + 10) for start in range(0, 120, 10)])
+        size, peak = sum(len(chunk.data) for chunk in chunks), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size <= peak < 1.5 * size, "of a long sequence a second copy may be more than there is room for"
 
 
 @pytest.mark.parametrize("layout", [ONE, MANY])
