@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
-from qwen2_converters import ggml
+from qwen2_converters import ggml, lanes
 from qwen2_converters.imatrix import Importance
 from qwen2_converters.job import Block, Buffer, Job, WeightFile
 from qwen2_converters.keys import Keys, Value, gguf_keys
@@ -46,10 +46,13 @@ def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str, import
     header, offsets, size = lay_out(gguf_keys(checkpoint, plan, name, importance, url), [tensor.parts[0] for tensor in plan.tensors])
     if len(header) > MAX_HEADER:
         raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
-    return Job(plan, (WeightFile(file, header, offsets, size),), partial(_encode, importance=importance), _BLOCK, finish=lambda _: None)
+    gain = sum(math.prod(part.shape) for tensor in plan.tensors for part in tensor.parts if part.type in lanes.KINDS and not importance)
+    kernels = {} if gain < lanes.WORTH_IT else lanes.kernels()
+    encode = partial(_encode, importance=importance, kernels=kernels)
+    return Job(plan, (WeightFile(file, header, offsets, size),), encode, _BLOCK, finish=lambda _: None)
 
 
-def _encode(block: Block, raw: Buffer, importance: Importance | None) -> list[Buffer]:
+def _encode(block: Block, raw: Buffer, importance: Importance | None, kernels: Mapping[str, lanes.Kernel]) -> list[Buffer]:
     part = block.tensor.parts[0]
     kind = BY_NAME[part.type]
     weights = ggml.to_float32(raw, block.dtype)
@@ -63,7 +66,7 @@ def _encode(block: Block, raw: Buffer, importance: Importance | None) -> list[Bu
     # A block never holds rows of two experts.
     guide = importance.of(part.name, block.first // part.shape[-2], columns) if importance and kind.block > 1 else None
     try:
-        return [ggml.quantize(weights, columns, kind, guide)]
+        return [ggml.quantize(weights, columns, kind, guide, kernel=kernels.get(kind.name))]
     except ValueError as error:
         fault = f"{importance.path if importance else block.file}: {part.name} cannot be kept as {kind.name}: {error}."
         raise BadFile(fault, hint="Leave the importance matrix out, or make it anew.") from error

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
+from qwen2_converters import lanes
 from qwen2_converters.convert import convert
 from qwen2_converters.keys import gguf_keys
 from qwen2_converters.plan import make_plan
@@ -45,6 +46,12 @@ REAL_WIDTHS = tiny_checkpoint.dense(
     hidden_size=896, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864, num_hidden_layers=1, vocab_size=320
 )
 """A layer of the 0.5B. benchmarks/gguf_bytes.py compares the whole."""
+
+
+@pytest.fixture(autouse=True)
+def with_fast_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models are too small to build them for."""
+    monkeypatch.setattr(lanes, "WORTH_IT", 0)
 
 
 def float32(value: float) -> float:
