@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from qwen2_local.backends.base import Chunk, Layout
 from qwen2_local.engine.common import common
 from qwen2_local.engine.device import Device, Held
 from qwen2_local.engine.work import Work
-from qwen2_local.kvcache import CHUNK, KvCache
+from qwen2_local.kvcache import CHUNK, Hit, KvCache
 
 _log = logging.getLogger("qwen2_local.engine")
 
@@ -17,6 +17,9 @@ _NEAR = 32
 """Tokens that are computed faster than they are fetched."""
 
 _WORTH_FORKING = 64
+
+_FETCHED = 16
+"""Chunks of the KV cache that are in memory at once on their way to the device."""
 
 
 class Prefixes:
@@ -124,24 +127,33 @@ class Prefixes:
         """Append what the KV cache has of a prompt, if that is more than the sequence has."""
         if self._kv is None or not self._device.exports or len(wanted) - held.length <= _NEAR:
             return
-        chunks: list[Chunk] = []
         known = start = held.length // CHUNK * CHUNK
-        try:
-            found = self._kv.find(self._device.backend.fingerprint, wanted, start)
-            if found.end - held.length <= _NEAR:
-                return
-            for hit in found:
-                chunks.append(hit.chunk)
-                known += hit.tokens
-        except Exception:
-            _log.exception("The KV cache failed; what it has is computed again.")
-            return
+        chunks: list[Chunk] = []
+        for hit in self._found(wanted, start, held.length + _NEAR):
+            # Side by side, sequences can only be put in as a whole.
+            if len(chunks) == _FETCHED and self._device.layout.sequences == 1:
+                self._device.trim(held, start)
+                if not self._device.append(held, chunks):
+                    return
+                start, chunks = known, []
+            chunks.append(hit.chunk)
+            known += hit.tokens
         if known <= held.length:
             return  # Its files were damaged.
         self._device.trim(held, start)
         if self._device.append(held, chunks):
             self._device.trim(held, known)
             held.saved = known
+
+    def _found(self, wanted: Sequence[int], start: int, least: int) -> Iterator[Hit]:
+        """What the KV cache has of a prompt from `start` on, if that is more than the first `least` tokens."""
+        assert self._kv is not None
+        try:
+            found = self._kv.find(self._device.backend.fingerprint, wanted, start)
+            if found.end > least:
+                yield from found
+        except Exception:
+            _log.exception("The KV cache failed; what it has not given is computed again.")
 
     def _free_slot(self, *, spared: Held | None = None) -> bool:
         """Let the resident go that was used least recently, where all slots are taken. False if there is none but `spared`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_local.backends.base import Layout
+from qwen2_local.backends.base import Chunk, Layout
 from qwen2_local.engine import Finished
 from qwen2_local.errors import BackendError, ContextOverflow, UsageError
 from qwen2_local.kvcache import Disk, KvCache
@@ -110,6 +110,36 @@ def test_only_what_is_new_is_exported(make: Callable[..., Harness], kv: KvCache)
     whole = [one for one in exported if one[1] - one[0] == 256]
     assert len(whole) == len(set(whole)) == (len(said) - 1) // 256, "a whole chunk once"
     assert sum(stop - start for start, stop in exported) < len(said) + 6 * 256, "and a tail for each turn at most"
+
+
+@pytest.mark.parametrize("damaged", [None, 15, 16, 20])
+def test_a_long_prompt_comes_back_piece_by_piece(
+    make: Callable[..., Harness], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: int | None
+) -> None:
+    prompt = [n % 1000 for n in range(7000)]
+    kv = KvCache(tmp_path / "kv", budget=1 << 26)
+    first = make(kv=kv, step_tokens=512)
+    said = tokens(first.run(*prompt))
+    names = kv.names(first.backend.fingerprint, [*prompt, *said[:-1]])
+    first.engine.close()
+    kv.close()
+    if damaged is not None:
+        Disk(tmp_path / "kv").remove(names[damaged])
+    kv = KvCache(tmp_path / "kv", budget=1 << 26)
+    second = make(kv=kv, step_tokens=512)
+    sizes, import_kv = list[int](), second.backend.import_kv
+
+    def note(sequence: int, chunks: Sequence[Chunk]) -> None:
+        sizes.append(len(chunks))
+        import_kv(sequence, chunks)
+
+    monkeypatch.setattr(second.backend, "import_kv", note)
+    events = second.run(*prompt)
+    assert tokens(events) == said
+    assert cached(events) == (6999 if damaged is None else damaged * 256)
+    assert max(sizes) <= 16, "its KV is not in memory twice"
+    second.engine.close()
+    kv.close()
 
 
 def test_a_damaged_chunk_is_computed_again(make: Callable[..., Harness], kv: KvCache, tmp_path: Path) -> None:
