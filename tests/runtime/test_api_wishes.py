@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from qwen2_local import Completion, Message, Piece, Qwen2, Sampling, backends
 from qwen2_local.errors import InvalidPrompt, InvalidSampling, SchemaError, TruncatedReply, UnsupportedSchema, UsageError, WorkerDied
 from qwen2_local.types import Score, Usage
+from tests.support import tiny_checkpoint
 
 BACKENDS = ("llama.cpp", "mlx")
 SMALLER = {"llama.cpp": "guide:q4_0", "mlx": "guide:mlx-4bit"}
@@ -174,6 +176,13 @@ def test_lookup_and_a_draft_change_nothing_but_the_speed(model: Qwen2, backend: 
         assert done.tokens == plain.tokens
         assert 0 <= done.usage.accepted_tokens <= done.usage.drafted_tokens
         assert done.usage.drafted_tokens > 0
+
+
+def test_a_draft_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    config = tiny_checkpoint.dense()
+    tiny_checkpoint.write(tmp_path / "other", config, tiny_checkpoint.weights(config))
+    with pytest.raises(UsageError, match="vocabularies differ"):
+        Qwen2("guide", draft=str(tmp_path / "other"))
 
 
 # Scores
