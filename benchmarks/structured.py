@@ -11,6 +11,7 @@ tokens then, and of the same reply without it. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -85,7 +86,7 @@ def stall(model: Qwen2, tokens: int) -> dict[str, float]:
         if thread is not None:
             thread.join()
         times = [stamp for stamp, _ in stamps]
-        longest.append(max((b - a for a, b in zip(times[3:], times[4:], strict=False)), default=0.0))
+        longest.append(max((b - a for a, b in itertools.pairwise(times[3:])), default=0.0))
     return {"compile_ms": round(1000 * took), "longest_wait_without_ms": round(1000 * longest[0], 1), "longest_wait_ms": round(1000 * longest[1], 1)}
 
 
