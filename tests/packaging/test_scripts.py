@@ -1,4 +1,4 @@
-"""scripts/start.py and its set-up, with stand-ins for uv and pip: what it runs, what it says, and when it runs nothing."""
+"""scripts/start.py and its set-up, with stand-ins for uv and pip: what it runs, what it says, and when it runs nothing; what check.py runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def load_environment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("environment", ROOT / "scripts" / "environment.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-environment = load_environment()
+environment = load("environment")
 
 FAKE_UV = """#!/bin/sh
 test "$1" = --version && exit 0
@@ -262,6 +262,18 @@ def test_the_stamp_is_whole_or_not_there(checkout: Path) -> None:
     environment.Environment(checkout).set_up()
     assert json.loads((checkout / ".venv/set-up.json").read_text())["dev"] is False
     assert not (checkout / ".venv/set-up.new").exists()
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(1, 1), (2, 2), (3, 3), (16, 4)])
+def test_the_tests_run_in_as_many_processes_as_there_are_cores(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int) -> None:
+    monkeypatch.setitem(sys.modules, "environment", environment)
+    check = load("check")
+    monkeypatch.setattr(check.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 64)
+    names, commands = zip(*check.steps(check.workers()), strict=True)
+    assert names == ("ruff check", "ruff format", "mypy", "pytest")
+    several = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 else []
+    assert commands[-1] == ["pytest", "--durations=10", *several]
 
 
 def test_libraries_have_upper_bounds() -> None:
