@@ -2,10 +2,13 @@
 
 Where a reply first differs, it must be a tie within the difference of the two computations: the gap between the two tokens, on either
 backend, is no larger than the largest difference of their logits at that place.
+
+Every second of the questions; all with `QWEN2_LOCAL_ALL_POINTS=1 python -m pytest tests/parity/test_guide_backends.py`.
 """
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,6 +74,7 @@ def test_greedy_replies_are_the_same_or_part_at_a_tie(pair: tuple[Opened, Backen
     parted = []
     asked = prompts()
     assert len(asked) >= 50
+    asked = asked if os.environ.get("QWEN2_LOCAL_ALL_POINTS") else asked[::2]
     for ask in asked:
         prompt = render(opened.tokenizer, [Message("user", ask)])
         a, b = greedy(mlx, prompt, opened.stops, limit), greedy(llamacpp, prompt, opened.stops, limit)

@@ -2,10 +2,13 @@
 
 Floats depend on how many tokens are computed together, so replies may part where the two likeliest tokens are closer than that difference. It
 is measured in the same run: the most by which a token's log-probability, at places where both runs have read the same, differs.
+
+More requests at once with `QWEN2_LOCAL_ALL_POINTS=1 python -m pytest tests/runtime/test_engine_real.py`.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +37,7 @@ QUESTIONS = (
     "Can I use it without a network?",
     "Who are you?",
 )
-COUNTS = {"llama.cpp": (200, 60), "mlx": (30, 16)}
+COUNTS = {"llama.cpp": (200, 60), "mlx": (30, 16)} if os.environ.get("QWEN2_LOCAL_ALL_POINTS") else {"llama.cpp": (60, 60), "mlx": (16, 16)}
 """Requests, and tokens of each at most: MLX is slow on a processor."""
 
 

@@ -1,8 +1,12 @@
-"""Replies in a form: what a constraint allows, what is refused, and that nothing else comes out, whatever the model would rather say."""
+"""Replies in a form: what a constraint allows, what is refused, and that nothing else comes out, whatever the model would rather say.
+
+More schemas with `QWEN2_LOCAL_ALL_POINTS=1 python -m pytest tests/unit/test_grammar.py`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections import Counter
@@ -26,6 +30,7 @@ from tests.support.small_tokenizer import CONTROL, SIZE, small_gguf
 
 GUIDE = Path(grammar.__file__).parent / "guide" / "tokenizer.json"
 END = CONTROL["<|im_end|>"]
+RANDOM_SCHEMAS = 2000 if os.environ.get("QWEN2_LOCAL_ALL_POINTS") else 200
 
 
 @pytest.fixture(scope="module")
@@ -286,14 +291,14 @@ def test_any_schema_gives_a_valid_object_or_a_typed_error(guide: Tokenizer) -> N
     babbler = Babbler(guide, frozenset({guide.special["<|im_end|>"]}))
     outcomes: Counter[str] = Counter()
 
-    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=RANDOM_SCHEMAS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(SCHEMAS, st.integers(0, 2**32))
     def check(schema: Any, seed: int) -> None:
         outcomes[_outcome(schema, guide, babbler, seed, 120)] += 1
 
     check()
-    assert outcomes["valid"] >= 150, outcomes
-    assert outcomes["refused"] >= 20, outcomes
+    assert outcomes["valid"] >= RANDOM_SCHEMAS * 0.25, outcomes
+    assert outcomes["refused"] >= RANDOM_SCHEMAS * 0.02, outcomes
 
 
 def test_any_schema_with_the_vocabulary_of_qwen2(tmp_path: Path) -> None:
