@@ -235,12 +235,16 @@ def test_start_becomes_the_program(checkout: Path) -> None:
 
 def test_start_is_quick_once_set_up(checkout: Path) -> None:
     start = clone_of_scripts(checkout)
-    times = []
+    times, computed = [], []
     for _ in range(6):
-        started = time.monotonic()
+        started, before = time.monotonic(), os.times()
         subprocess.run([sys.executable, str(start)], capture_output=True, check=True)
+        after = os.times()
         times.append(time.monotonic() - started)
-    assert min(times[1:]) < 0.5  # 0.1 s where nothing else runs
+        computed.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    # 0.1 s where nothing else runs; other tests may hold the processors, but it computes no longer for that.
+    assert min(computed[1:]) < 0.3
+    assert min(times[1:]) < 3
 
 
 def test_start_ends_with_one_message(checkout: Path) -> None:
