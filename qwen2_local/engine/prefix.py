@@ -54,6 +54,13 @@ class Prefixes:
             return ()
         return self._kv.names(self._device.backend.fingerprint, held.tokens[: held.length])
 
+    def parked_names(self, work: Work) -> tuple[str, ...]:
+        """The same of one that waits: it may have been saved before its sequence left the device."""
+        if self._kv is None or work.parked is None:
+            return ()
+        length = sum(chunk.tokens for chunk in work.parked.chunks)
+        return self._kv.names(work.parked.fingerprint, work.tokens[:length])
+
     def save(self, held: Held, *, growing: bool = False) -> None:
         """Bring what is new of a sequence into the KV cache. growing: without its tail, which would soon be another."""
         end = held.length // CHUNK * CHUNK if growing else held.length

@@ -101,7 +101,7 @@ class Scheduler:
         """End those who wait and were cancelled. Called when a caller said so, as looking at all of them takes time."""
         for work in [work for work in self._waiting if work.mailbox.cancelled]:
             self._waiting.remove(work)
-            work.stop(())
+            work.stop(self._prefixes.parked_names(work))
             self._ended()
 
     def chores(self) -> float | None:

@@ -242,6 +242,29 @@ def test_so_does_the_end_of_one_that_was_cancelled(make: Callable[..., Harness],
     assert kv.sizes() == type(kv.sizes())(0, 0)
 
 
+def test_and_of_one_that_was_cancelled_while_it_had_no_place(make: Callable[..., Harness], kv: KvCache, tmp_path: Path) -> None:
+    harness = make(kv=kv, step_tokens=512)
+    waiting: list[int] = []
+
+    def rule(sequence: Sequence[int]) -> int:
+        if len(sequence) > 4200 and not waiting:  # from 4,096 on there is no room for the other one beside it
+            waiting.append(500 - sequence[0])
+            replies[waiting[0]].cancel()
+        return scrambled(sequence)
+
+    harness.backend.rule = rule
+    prompts = {start: [(start + n) % 1000 for n in range(2500)] for start in (0, 500)}
+    with harness.held():
+        replies = {start: harness.engine.submit(request(*prompt, max_tokens=2500)) for start, prompt in prompts.items()}
+    events = {start: list(reply) for start, reply in replies.items()}
+    assert harness.backend.layouts == [Layout(2, 4096), Layout(1, 8192)]
+    assert end(events[waiting[0]]) == "cancelled"
+    harness.engine.close()
+    kv.flush()
+    kv.delete(name for one in events.values() for name in finished(one).chunks)
+    assert Disk(tmp_path / "kv").names() == []
+
+
 def test_what_is_to_be_forgotten_is_nowhere_afterwards(make: Callable[..., Harness], kv: KvCache) -> None:
     harness = make(kv=kv)
     harness.run(*range(500, 900))
