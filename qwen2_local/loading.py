@@ -198,7 +198,7 @@ def _open_mlx(ref: ModelRef, wish: _Wish, key: str) -> Opened:
     weight_bytes, wide = (model.float32_bytes, 32) if fit.MLX_WIDENS else (model.weight_bytes, 16)
     adapter = None if wish.adapter is None else find_adapter(wish.adapter, "mlx")  # the backend checks it against the config
     weight_bytes += 0 if adapter is None else adapter.size * (2 if fit.MLX_WIDENS else 1)
-    shape = _Shape(weight_bytes, config.kv_values_per_token, _mlx_kv_bits(wish.kv_bits, wide, config.layers), config.context, stretched)
+    shape = _Shape(weight_bytes, config.kv_values_per_token, _mlx_kv_bits(wish.kv_bits, wide, config.head_dim), config.context, stretched)
     room = _room(shape, wish, folder.name)
     weights = tuple(Stamp.of(path) for path in (folder / "config.json", *model.shards))
     plan = _plan("mlx", folder, shape, room, wish, _identity(ref, key, weights), weights, adapter)
@@ -281,12 +281,9 @@ def _gguf_contexts(model: GgufModel, names: Sequence[str], *, chats: bool) -> tu
     return model.context, yarn_context_of(model.hidden, model.layers, model.context, names, experts=experts, chats=chats)
 
 
-def _mlx_kv_bits(asked: int, wide: int, layers: int) -> float:
-    """Bits of a value: quantized ones have a scale and a bias for 64 of them, and the first and the last layer stay as they are."""
-    if asked == 16:
-        return wide
-    plain = min(2, layers)
-    return (plain * wide + (layers - plain) * (8 + 2 * wide / 64)) / layers
+def _mlx_kv_bits(asked: int, wide: int, head_dim: int) -> float:
+    """Bits of a value: quantized ones have a scale and a zero for 64 of them, or for 32 where a head is no multiple of 64."""
+    return wide if asked == 16 else 8 + 2 * wide / (64 if head_dim % 64 == 0 else 32)
 
 
 def _plan(

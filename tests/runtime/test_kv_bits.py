@@ -18,6 +18,7 @@ import pytest
 import qwen2_local
 from qwen2_converters.convert import convert
 from qwen2_converters.target import Target
+from qwen2_local import loading
 from qwen2_local.backends.base import Backend, Layout, LoadOptions, Row
 from qwen2_local.tokens import Tokenizer
 from tests.support import mlx_models, random_qwen2
@@ -127,3 +128,12 @@ def test_a_kv_of_8_bits_takes_about_half(case: Case) -> None:
     sizes = [mlx_models.load(case.mlx, context=COUNT, kv_bits=bits).info.kv_bytes_per_token for bits in (16, 8)]
     # On a CPU the other one is float32, and so are the scales.
     assert sizes[1] / sizes[0] == pytest.approx((8 + 2 * 32 / 64) / 32)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("wide", [16, 32])
+def test_loading_counts_mlxs_bits_as_they_are(head_dim: int, wide: int) -> None:
+    kept = mlx_kv.QuantizedKv(head_dim, mx.float32 if wide == 32 else mx.bfloat16)
+    bits = 8 * sum(channels * dtype.size for channels, dtype in kept.parts) / (2 * head_dim)
+    assert loading._mlx_kv_bits(8, wide, head_dim) == bits
+    assert loading._mlx_kv_bits(16, wide, head_dim) == wide
