@@ -52,19 +52,19 @@ def quantize(
     """Whole rows of `columns` weights as ggml keeps them. `columns` have to be whole blocks of `kind`.
 
     importance: of each column, where it is known; raises ValueError if numbers in it are so large that scales come out as none.
-    kernel: for `kind`, where there is one. It makes the same bytes faster, and knows of no importance.
+    kernel: for `kind`, where there is one. It makes the same bytes, faster.
     """
     if kind.name == "F32":
         return weights.view(np.uint8)
     rows = weights.size // columns
     packed = np.empty(rows * kind.row_bytes(columns), np.uint8)
     assert importance is None or importance.size == columns
-    if kernel and importance is None:
-        kernel(weights.ctypes.data, packed.ctypes.data, packed.size // kind.block_bytes)
-        return packed
     guide = None if importance is None else importance.ctypes.data
-    written = _library().ggml_quantize_chunk(kind.number, weights.ctypes.data, packed.ctypes.data, 0, rows, columns, guide)
-    assert written == packed.size
+    if kernel:
+        kernel(weights.ctypes.data, packed.ctypes.data, packed.size // kind.block_bytes, guide, columns // kind.block)
+    else:
+        written = _library().ggml_quantize_chunk(kind.number, weights.ctypes.data, packed.ctypes.data, 0, rows, columns, guide)
+        assert written == packed.size
     # Without an importance, finite weights give finite scales.
     if guide is not None and not _library().ggml_validate_row_data(kind.number, packed.ctypes.data, packed.size):
         raise ValueError("the importance makes scales that are no finite numbers")

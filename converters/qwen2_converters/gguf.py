@@ -46,7 +46,7 @@ def gguf_job(checkpoint: Checkpoint, plan: Plan, *, name: str, file: str, import
     header, offsets, size = lay_out(gguf_keys(checkpoint, plan, name, importance, url), [tensor.parts[0] for tensor in plan.tensors])
     if len(header) > MAX_HEADER:
         raise BadFile(f"{checkpoint.folder}: its tokenizer is too large for a GGUF header.", hint="Fetch the model again.")
-    gain = sum(math.prod(part.shape) for tensor in plan.tensors for part in tensor.parts if part.type in lanes.KINDS and not importance)
+    gain = sum(math.prod(part.shape) for tensor in plan.tensors for part in tensor.parts if part.type in lanes.KINDS)
     kernels = {} if gain < lanes.WORTH_IT else lanes.kernels()
     encode = partial(_encode, importance=importance, kernels=kernels)
     return Job(plan, (WeightFile(file, header, offsets, size),), encode, _BLOCK, finish=lambda _: None)

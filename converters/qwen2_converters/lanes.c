@@ -77,9 +77,9 @@ static float from_half(uint16_t half) {
     return half & 0x8000 ? -a : a;
 }
 
-/* What a search finds for each sub-block. level(step * (weight - base)): the levels that gave the scale. */
+/* What a search finds for each sub-block. level(step * (x - base)): the levels that gave the scale. weight: of all. */
 struct found {
-    float scale[SIDE], low[SIDE], step[SIDE], base[SIDE];
+    float scale[SIDE], low[SIDE], step[SIDE], base[SIDE], weight[SIDE];
 };
 
 /* LANES sub-blocks of `size` weights that lie one after the other, so that each becomes a lane. */
@@ -90,15 +90,26 @@ ALWAYS void side_by_side(const float *from, int size, floats *to) {
     for (int i = 0; i < size; i++) to[i] = load(lanes[i]);
 }
 
-/* Scale and minimum of sub-blocks of 32 with levels 0 to `top`: weighted least squares at `steps` divisions from `first` on. */
-ALWAYS void search_pairs(const float *from, float top, float first, int steps, struct found *found, int at) {
+/* Where a search looks: levels 0 to `top`, `steps` divisions of the range, `delta` apart from `first` on. */
+struct range {
+    float top, first, delta;
+    int steps;
+};
+
+/* Scale and minimum of sub-blocks of 32, by least squares with `weights`, or else with weights that grow with x. */
+ALWAYS void search_pairs(const float *from, const float *weights, struct range range, struct found *found, int at) {
     const floats zero = {0};
+    const float top = range.top;
     floats x[32], w[32], levels[32], mean = zero;
     side_by_side(from, 32, x);
-    for (int i = 0; i < 32; i++) mean += x[i] * x[i];
-    mean /= 32.f;
-    for (int v = 0; v < LANES; v++) mean[v] = __builtin_sqrtf(mean[v]);
-    for (int i = 0; i < 32; i++) w[i] = mean + magnitude(x[i]);
+    if (weights) {
+        side_by_side(weights, 32, w);
+    } else {
+        for (int i = 0; i < 32; i++) mean += x[i] * x[i];
+        mean /= 32.f;
+        for (int v = 0; v < LANES; v++) mean[v] = __builtin_sqrtf(mean[v]);
+        for (int i = 0; i < 32; i++) w[i] = mean + magnitude(x[i]);
+    }
 
     floats low = x[0], high = x[0], sum_w = w[0], sum_x = w[0] * x[0];
     for (int i = 1; i < 32; i++) {
@@ -116,8 +127,8 @@ ALWAYS void search_pairs(const float *from, float top, float first, int steps, s
         const floats error = scale * level(step * (x[i] - low), 0, top) + low - x[i];
         best += w[i] * (error * error);
     }
-    for (int n = 0; n <= steps; n++) {
-        const floats trial = (first + 0.1f * (float)n + top) / (high - low);
+    for (int n = 0; n <= range.steps; n++) {
+        const floats trial = (range.first + range.delta * (float)n + top) / (high - low);
         floats sum_l = zero, sum_l2 = zero, sum_xl = zero, sum_error = zero;
         for (int i = 0; i < 32; i++) {
             const floats l = level(trial * (x[i] - low), 0, top), wl = w[i] * l;
@@ -147,18 +158,20 @@ ALWAYS void search_pairs(const float *from, float top, float first, int steps, s
     store(found->low + at, -pick(flat, lowest, low));
     store(found->step + at, pick(flat, zero, step));
     store(found->base + at, pick(flat, lowest, base));
+    store(found->weight + at, sum_w);
 }
 
-/* Scale of sub-blocks of 16 with levels -32 to 31. step: 0 where all weights are as good as zero. */
-ALWAYS void search_scales(const float *from, struct found *found, int at) {
+/* Scale of sub-blocks of 16 with levels -32 to 31. weights: none for squares. step: 0 where all is as good as zero. */
+ALWAYS void search_scales(const float *from, const float *weights, struct found *found, int at) {
     const floats zero = {0};
     floats x[16], w[16], peak = zero, size = zero;
     side_by_side(from, 16, x);
+    if (weights) side_by_side(weights, 16, w);
     for (int i = 0; i < 16; i++) {
         const ints larger = magnitude(x[i]) > size;
         size = pick(larger, magnitude(x[i]), size);
         peak = pick(larger, x[i], peak);
-        w[i] = x[i] * x[i];
+        if (!weights) w[i] = x[i] * x[i];
     }
     const ints empty = size < NONE;
     floats scale = zero, best = zero, step = zero;
@@ -192,53 +205,120 @@ ALWAYS void round_up(const float *x, int size, float shift, float factor, int di
     for (int i = 0; i < size; i++) to[i] = (uint8_t)(int)rounded[i];
 }
 
-/* Scales and minima in 6 bits, and the levels. to: two halves, then 12 bytes. */
-ALWAYS void settle_pairs(const float *x, const struct found *found, int at, float top, uint8_t *to, uint8_t *levels) {
-    float max_scale = 0, max_low = 0;
-    for (int j = at; j < at + 8; j++) {
-        if (found->scale[j] > max_scale) max_scale = found->scale[j];
-        if (found->low[j] > max_low) max_low = found->low[j];
+/* The 6-bit levels of eight scales or minima that are as good as can be, each with its weight; gives the scale of these. */
+static float settle_six(const float *x, const float *weight, uint8_t *levels) {
+    float peak = 0;
+    for (int i = 0; i < 8; i++)
+        if (!(peak > x[i])) peak = x[i];
+    if (peak < NONE) {
+        memset(levels, 0, 8);
+        return 0;
     }
-    const float per_scale = max_scale > 0 ? 63.f / max_scale : 0.f, per_low = max_low > 0 ? 63.f / max_low : 0.f;
-    const uint16_t halves[2] = {to_half(max_scale / 63.f), to_half(max_low / 63.f)};
-    memcpy(to, halves, 4);
-    uint8_t *bits = to + 4;
-    for (int j = 0; j < 8; j++) {
-        uint8_t s = (uint8_t)nearest(per_scale * found->scale[at + j]), m = (uint8_t)nearest(per_low * found->low[at + j]);
-        if (s > 63) s = 63;
-        if (m > 63) m = 63;
-        if (j < 4) {
-            bits[j] = s;
-            bits[j + 4] = m;
-        } else {
-            bits[j + 4] = (uint8_t)((s & 15) | (m & 15) << 4);
-            bits[j - 4] |= (uint8_t)(s >> 4 << 6);
-            bits[j] |= (uint8_t)(m >> 4 << 6);
+    float step = 63.f / peak, best = 0;
+    const float scale = 1 / step;
+    for (int i = 0; i < 8; i++) {
+        const float error = x[i] - scale * (float)(uint8_t)nearest(step * x[i]);
+        best += weight[i] * error * error;
+    }
+    for (int n = -4; n <= 4; n++) {
+        if (n == 0) continue;
+        const float trial = (0.1f * (float)n + 63.f) / peak, this_scale = 1 / trial;
+        float sum = 0;
+        for (int i = 0; i < 8; i++) {
+            const int l = nearest(trial * x[i]);
+            const float error = x[i] - this_scale * (float)(l < 63 ? l : 63);
+            sum += weight[i] * error * error;
         }
-        const float d = from_half(halves[0]) * (float)s, low = from_half(halves[1]) * (float)m;
+        if (sum < best) best = sum, step = trial;
+    }
+    float sum_xl = 0, sum_l2 = 0;
+    for (int i = 0; i < 8; i++) {
+        int l = nearest(step * x[i]);
+        l = l < 63 ? l : 63;
+        levels[i] = (uint8_t)l;
+        sum_xl += weight[i] * x[i] * (float)l;
+        sum_l2 += weight[i] * (float)l * (float)l;
+    }
+    for (int round = 0, changed = 1; round < 5 && changed; round++) {
+        changed = 0;
+        for (int i = 0; i < 8; i++) {
+            const float w = weight[i], old = (float)levels[i];
+            float xl = sum_xl - w * x[i] * old, l2 = sum_l2 - w * old * old;
+            if (!(xl > 0 && l2 > 0)) continue;
+            int l = nearest(x[i] * l2 / xl);
+            l = l < 63 ? l : 63;
+            if (l == levels[i]) continue;
+            xl += w * x[i] * (float)l;
+            l2 += w * (float)l * (float)l;
+            if (xl * xl * sum_l2 > sum_xl * sum_xl * l2) {
+                levels[i] = (uint8_t)l, sum_xl = xl, sum_l2 = l2;
+                changed = 1;
+            }
+        }
+    }
+    return sum_l2 > 0 ? sum_xl / sum_l2 : 0;
+}
+
+/* The same without weights: the largest becomes 63. */
+static float settle_largest(const float *x, uint8_t *levels) {
+    float peak = 0;
+    for (int i = 0; i < 8; i++)
+        if (x[i] > peak) peak = x[i];
+    const float step = peak > 0 ? 63.f / peak : 0.f;
+    for (int i = 0; i < 8; i++) levels[i] = (uint8_t)nearest(step * x[i]);
+    return peak / 63.f;
+}
+
+/* Scales and minima in 6 bits, and the levels. to: two halves, then 12 bytes. clamp: what does not fit into 6 bits. */
+ALWAYS void settle_pairs(const float *x, const struct found *found, int at, int weighted, int clamp, float top, uint8_t *to, uint8_t *levels) {
+    const float *scale = found->scale + at, *low = found->low + at, *weight = found->weight + at;
+    uint8_t s[8], m[8], *bits = to + 4;
+    const uint16_t halves[2] = {
+        to_half(weighted ? settle_six(scale, weight, s) : settle_largest(scale, s)),
+        to_half(weighted ? settle_six(low, weight, m) : settle_largest(low, m)),
+    };
+    memcpy(to, halves, 4);
+    for (int j = 0; j < 8; j++) {
+        if (clamp && s[j] > 63) s[j] = 63;
+        if (clamp && m[j] > 63) m[j] = 63;
+    }
+    for (int j = 0; j < 4; j++) {
+        bits[j] = (uint8_t)(s[j] | s[j + 4] >> 4 << 6);
+        bits[j + 4] = (uint8_t)(m[j] | m[j + 4] >> 4 << 6);
+        bits[j + 8] = (uint8_t)((s[j + 4] & 15) | (m[j + 4] & 15) << 4);
+    }
+    for (int j = 0; j < 8; j++) {
+        /* As it will be read. */
+        const int six_s = j < 4 ? bits[j] & 63 : (bits[j + 4] & 15) | bits[j - 4] >> 6 << 4;
+        const int six_m = j < 4 ? bits[j + 4] & 63 : bits[j + 4] >> 4 | bits[j] >> 6 << 4;
+        const float d = from_half(halves[0]) * (float)six_s;
         if (d != 0)
-            round_up(x + 32 * j, 32, low, d, 1, 0, top, levels + 32 * j);
+            round_up(x + 32 * j, 32, from_half(halves[1]) * (float)six_m, d, 1, 0, top, levels + 32 * j);
         else
             round_up(x + 32 * j, 32, -found->base[at + j], found->step[at + j], 0, 0, top, levels + 32 * j);
     }
 }
 
-ALWAYS void pairs(const float *x, uint8_t *to, int64_t blocks, float top, float first, int steps, int bytes, int high_bits) {
+/* What ggml weighs the errors of a block with: how much a column matters, and the size of x in the block. */
+static void weigh(const float *x, const float *importance, float *weights) {
+    float sum = 0;
+    for (int i = 0; i < SUPER; i++) sum += x[i] * x[i];
+    const float mean = 2 * sum / SUPER;
+    for (int i = 0; i < SUPER; i++) weights[i] = importance[i] * __builtin_sqrtf(mean + x[i] * x[i]);
+}
+
+/* importance: of the `row` blocks of a row; none if 0. high_bits: bytes of a block with the fifth bits. */
+ALWAYS void pairs(const float *from, uint8_t *to, int64_t blocks, const float *importance, int64_t row, struct range range, int high_bits) {
     for (int64_t b = 0; b < blocks; b += 2) {
         const int count = blocks - b < 2 ? 1 : 2;
         struct found found;
-        for (int at = 0; at < 8 * count; at += LANES) {
-            if (LANES > 8 && count == 1) { /* half of the lanes are left over */
-                float padded[SIDE * 32] = {0};
-                memcpy(padded, x, SUPER * sizeof *x);
-                search_pairs(padded, top, first, steps, &found, at);
-            } else {
-                search_pairs(x + 32 * at, top, first, steps, &found, at);
-            }
-        }
-        for (int k = 0; k < count; k++, x += SUPER, to += bytes) {
+        float x[SIDE * 32] = {0}, weights[SIDE * 32] = {0};
+        memcpy(x, from + b * SUPER, (size_t)count * SUPER * sizeof *x);
+        for (int k = 0; importance && k < count; k++) weigh(x + k * SUPER, importance + (b + k) % row * SUPER, weights + k * SUPER);
+        for (int at = 0; at < 8 * count; at += LANES) search_pairs(x + 32 * at, importance ? weights + 32 * at : 0, range, &found, at);
+        for (int k = 0; k < count; k++, to += 144 + high_bits) {
             uint8_t l[SUPER], *high = to + 16, *low = high + high_bits;
-            settle_pairs(x, &found, 8 * k, top, to, l);
+            settle_pairs(x + k * SUPER, &found, 8 * k, importance != 0, !importance || high_bits, range.top, to, l);
             for (int j = 0; j < 4; j++)
                 for (int i = 0; i < 32; i++) low[32 * j + i] = (uint8_t)((l[64 * j + i] & 15) | l[64 * j + 32 + i] << 4);
             for (int i = 0; i < high_bits; i++) {
@@ -250,16 +330,33 @@ ALWAYS void pairs(const float *x, uint8_t *to, int64_t blocks, float top, float 
     }
 }
 
-/* Each: blocks * 256 finite weights, smaller than 65520, from `x` to blocks * 144, 176 and 210 bytes. */
+/* Each: blocks * 256 finite weights, smaller than 65520, from `x` to blocks * 144, 176 and 210 bytes.
+   importance: of the columns, if known; it starts anew after `row` blocks. */
 
-void quantize_q4_k(const float *x, uint8_t *to, int64_t blocks) { pairs(x, to, blocks, 15.f, -1.f, 20, 144, 0); }
+void quantize_q4_k(const float *x, uint8_t *to, int64_t blocks, const float *importance, int64_t row) {
+    if (importance)
+        pairs(x, to, blocks, importance, row, (struct range){15, -0.9f, 0.05f, 36}, 0);
+    else
+        pairs(x, to, blocks, 0, 1, (struct range){15, -1.f, 0.1f, 20}, 0);
+}
 
-void quantize_q5_k(const float *x, uint8_t *to, int64_t blocks) { pairs(x, to, blocks, 31.f, -0.5f, 15, 176, 32); }
+void quantize_q5_k(const float *x, uint8_t *to, int64_t blocks, const float *importance, int64_t row) {
+    if (importance)
+        pairs(x, to, blocks, importance, row, (struct range){31, -0.9f, 0.05f, 36}, 32);
+    else
+        pairs(x, to, blocks, 0, 1, (struct range){31, -0.5f, 0.1f, 15}, 32);
+}
 
-void quantize_q6_k(const float *x, uint8_t *to, int64_t blocks) {
-    for (; blocks > 0; blocks--, x += SUPER, to += 210) {
+void quantize_q6_k(const float *x, uint8_t *to, int64_t blocks, const float *importance, int64_t row) {
+    for (int64_t b = 0; b < blocks; b++, x += SUPER, to += 210) {
         struct found found;
-        for (int at = 0; at < SIDE; at += LANES) search_scales(x + 16 * at, &found, at);
+        const float *weights = importance ? importance + b % row * SUPER : 0;
+        for (int at = 0; at < SIDE; at += LANES) {
+            if (weights)
+                search_scales(x + 16 * at, weights + 16 * at, &found, at);
+            else
+                search_scales(x + 16 * at, 0, &found, at);
+        }
         float peak = 0, size = 0;
         for (int j = 0; j < 16; j++) {
             const float a = __builtin_fabsf(found.scale[j]);

@@ -21,7 +21,7 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qwen2_local.lanes")
 
+_Floats: TypeAlias = "npt.NDArray[np.float32]"
 Kernel: TypeAlias = Any
-"""A C function, from any thread: (address of finite float32 weights smaller than 65520, address of the blocks, number of blocks of 256)."""
+"""A C function, from any thread: (address of finite float32 weights smaller than 65520, address of the result, number of blocks of 256, address
+of a row's importance or None, blocks of a row)."""
 
 WORTH_IT = 1 << 24
 """Weights whose conversion ggml's own quantizers take longer for than the compiler takes."""
@@ -77,7 +79,7 @@ def _bound(library: Path) -> Mapping[str, Kernel]:
     lib = ctypes.CDLL(str(library))
     found = {kind: getattr(lib, name) for kind, name in KINDS.items()}
     for function in found.values():
-        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+        function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
     return found
 
 
@@ -177,7 +179,7 @@ def _private(folder: Path) -> bool:
 # The child process
 
 
-def trial_rows() -> npt.NDArray[np.float32]:
+def trial_rows() -> _Floats:
     """Blocks of 256 weights: plain ones, and all that is special to a quantizer. An odd number, which no number of lanes divides."""
     random = np.random.default_rng(0)
     plain = random.integers(-(2**23), 2**23, (64, 256)) / 2**23
@@ -191,6 +193,16 @@ def trial_rows() -> npt.NDArray[np.float32]:
     return np.concatenate(kinds).astype(np.float32).reshape(-1)
 
 
+def _trials() -> Iterator[tuple[_Floats, int, _Floats | None]]:
+    """Rows, their width, and the importance of their columns."""
+    rows = trial_rows()
+    yield rows, 256, None
+    random = np.random.default_rng(1)
+    three = rows[: rows.size // 768 * 768]
+    yield three, 768, (100 * random.standard_normal(768) ** 4).astype(np.float32)
+    yield three, 768, (10.0 ** random.uniform(-40, 20, 768) * (random.random(768) < 0.9)).astype(np.float32)
+
+
 def _child(library: str) -> None:
     import resource
 
@@ -198,18 +210,19 @@ def _child(library: str) -> None:
     from qwen2_local.formats.ggml_types import BY_NAME
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    rows = trial_rows()
+    trials = list(_trials())
     expected = {}
     for name in KINDS:
         ggml.prepare(BY_NAME[name])
-        expected[name] = ggml.quantize(rows, 256, BY_NAME[name])
+        expected[name] = [ggml.quantize(rows, columns, BY_NAME[name], guide) for rows, columns, guide in trials]
     try:
         found = _bound(Path(library))
     except (OSError, AttributeError):
         sys.exit(_FAILED)
     for name, kernel in found.items():
-        if not np.array_equal(ggml.quantize(rows, 256, BY_NAME[name], kernel=kernel), expected[name]):
-            sys.exit(_FAILED)
+        for (rows, columns, guide), right in zip(trials, expected[name], strict=True):
+            if not np.array_equal(ggml.quantize(rows, columns, BY_NAME[name], guide, kernel=kernel), right):
+                sys.exit(_FAILED)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     lanes._kernels.cache_clear()
 
 
-def assert_same(kernels: Mapping[str, lanes.Kernel], weights: Weights) -> None:
+def assert_same(kernels: Mapping[str, lanes.Kernel], weights: Weights, importance: Weights | None = None) -> None:
+    columns = importance.size if importance is not None else 256
     for name, kernel in kernels.items():
         kind = BY_NAME[name]
-        ours, theirs = ggml.quantize(weights, 256, kind, kernel=kernel), ggml.quantize(weights, 256, kind)
+        ours, theirs = (ggml.quantize(weights, columns, kind, importance, kernel=way) for way in (kernel, None))
         wrong = (ours != theirs).reshape(-1, kind.block_bytes).any(1).nonzero()[0]
         assert wrong.size == 0, (name, wrong, weights.reshape(-1, 256)[wrong[0]])
 
@@ -81,9 +82,18 @@ def blocks(draw: st.DrawFn) -> Weights:
 
 
 @given(weights=blocks())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_weights(kernels: Mapping[str, lanes.Kernel], weights: Weights) -> None:
     assert_same(kernels, weights)
+
+
+@given(weights=blocks(), sizes=st.lists(st.one_of(st.just(0.0), st.floats(0, 2.0**66, width=32)), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_any_weights_of_any_importance(kernels: Mapping[str, lanes.Kernel], weights: Weights, sizes: list[float]) -> None:
+    columns = weights.size if weights.size % 512 else weights.size // 2
+    random = np.random.default_rng(len(sizes))
+    importance = np.resize(np.array(sizes), columns) * random.uniform(0, 1, columns)
+    assert_same(kernels, weights, importance.astype(np.float32))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.0, 65504.0, -65504.0, 1e-15, -9.99e-16, 1e-38, -1e-42, 1.4e-45])
@@ -95,9 +105,17 @@ def test_constant_weights(kernels: Mapping[str, lanes.Kernel], value: float) -> 
 def test_many_random_weights(kernels: Mapping[str, lanes.Kernel], seed: int) -> None:
     random = np.random.default_rng(seed)
     assert_same(kernels, random.normal(0, 0.02, 601 * 256).astype(np.float32))
+    assert_same(kernels, random.normal(0, 0.02, 200 * 1280).astype(np.float32), (random.standard_normal(1280) ** 4).astype(np.float32))
     assert_same(kernels, np.clip(random.standard_t(1.5, 201 * 256), -65504, 65504).astype(np.float32))
     sizes = 10.0 ** random.integers(-44, 4, (201, 32))
     assert_same(kernels, (random.normal(0, 1, (201, 256)) * np.repeat(sizes, 8, 1)).astype(np.float32).reshape(-1))
+
+
+def test_an_importance_that_makes_no_numbers_is_noticed(kernels: Mapping[str, lanes.Kernel]) -> None:
+    weights, huge = np.random.default_rng(0).normal(0, 1, 512).astype(np.float32), np.full(256, 3e38, np.float32)
+    for name in ("Q4_K", "Q5_K"):
+        with pytest.raises(ValueError, match="no finite numbers"):
+            ggml.quantize(weights, 256, BY_NAME[name], huge, kernel=kernels[name])
 
 
 # Around it
@@ -157,7 +175,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN.keys())
 def test_a_miscompiled_kernel_is_never_used(body: str, cache: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = "".join(f"void {name}(const float *x, unsigned char *to, long blocks) {{ {body} }}\n" for name in lanes.KINDS.values())
+    functions = "".join(
+        f"void {name}(const float *x, unsigned char *to, long blocks, float *i, long row) {{ {body} }}\n" for name in lanes.KINDS.values()
+    )
     monkeypatch.setattr(lanes, "__file__", str(tmp_path / "lanes.py"))
     (tmp_path / "lanes.c").write_text("#include <string.h>\n" + functions)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
