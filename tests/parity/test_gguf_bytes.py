@@ -17,6 +17,7 @@ from qwen2_converters.keys import gguf_keys
 from qwen2_converters.plan import make_plan
 from qwen2_converters.target import GGUF, Target
 from qwen2_local import backends
+from qwen2_local.backends.base import Layout, LoadOptions
 from qwen2_local.errors import BadFile
 from qwen2_local.formats.check_gguf import open_gguf
 from qwen2_local.formats.checkpoint import Checkpoint
@@ -112,7 +113,7 @@ def test_llama_cpp_loads_it(case: str, tmp_path: Path) -> None:
     config, dtype, layout = CASES[case]
     folder = tiny_checkpoint.write(tmp_path / "hf", config, layout(tiny_checkpoint.weights(config, dtype)), dtype=dtype)
     path = convert(folder, Target("gguf", "q4_0"), tmp_path / "model.gguf")
-    backend = backends.load("llama.cpp", path, context=64)
+    backend = backends.load("llama.cpp", path, layout=Layout(1, 64), options=LoadOptions("", 64))
     try:
         assert backend.info.vocabulary == config["vocab_size"]
     finally:
