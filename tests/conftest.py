@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The data folder of this session; what is converted once stays there. Child processes get it too."""
-    folder = tmp_path_factory.mktemp("home")
+    """The data folder of this session; what is converted once stays there. Child processes get it too.
+
+    The temporary folder is its own as well: tests that run at the same time in another process may look at what lies in theirs.
+    """
+    folder, temporary = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN2_LOCAL_HOME", str(folder))
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)
         yield folder
 
 
