@@ -18,13 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.day import Day, Footing
 
 TOLERANCE = 24e6
-"""Bytes: what allocators keep differs from time to time."""
+"""Bytes: free memory between what is in use differs from time to time."""
 
 
 def main() -> None:
