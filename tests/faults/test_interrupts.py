@@ -15,13 +15,14 @@ import pytest
 
 from qwen2_local import backends
 from qwen2_local.store import guide_folder
+from tests.support.machine import busy
 from tests.support.program import command, run
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in backends.available(), reason=f"{name} is not installed here")) for name in backends.NAMES
 ]
 PROMPT_SECONDS = 1.0
-"""Ran: 0.02 to 0.2 s on a busy machine."""
+"""Ran: 0.02 to 0.2 s with one other program beside it; on a busier machine it may be more."""
 WILD = ("--raw", "--temperature", "100", "--seed", "3", "--max-tokens", "7000")
 """Random tokens: a reply that goes on for thousands of them."""
 
@@ -72,7 +73,7 @@ def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
     out, err = process.communicate(timeout=60)
     took = time.monotonic() - before
     assert process.returncode == 130, err
-    assert took < PROMPT_SECONDS
+    assert took < PROMPT_SECONDS * busy()
     assert "Traceback" not in err
     assert "error" not in err
     return out, err
