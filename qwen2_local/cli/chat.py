@@ -163,9 +163,11 @@ class _Talk:
         output.note(f"chat {number} · {chat.title} · {len(messages)} messages")
         for message in [one for one in messages if one.role != "system"][-2:]:
             text = message.text if len(message.text) <= _SHOWN else f"… {message.text[-_SHOWN:]}"
-            output.note(f"> {text}" if message.role == "user" else text)
+            output.quote(f"> {text}" if message.role == "user" else text)
         if messages and messages[-1].role == "user":
             output.note("(that question has no reply: /retry gives it one)")
+        elif messages and messages[-1].state == "partial":
+            output.note("(that reply broke off: /more lets it go on, /retry writes another)")
         return chat
 
     def _again(self, chat: Chat) -> None:
@@ -228,11 +230,15 @@ def _line() -> str | None:
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
     with suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history in input())
+        import readline  # line editing and history in input()
+
+        if "libedit" not in (readline.__doc__ or ""):
+            # Python switches it off. With it, pasted lines are one message, not a question each.
+            readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             if sys.stdout.isatty():
-                return input("> ")
+                return input("> ").rstrip("\n")
             print("> ", end="", file=sys.stderr, flush=True)
             return input()
         except EOFError:

@@ -75,6 +75,11 @@ def note(text: str) -> None:
     print(wrap(clean(text), sys.stderr), file=sys.stderr, flush=True)
 
 
+def quote(text: str) -> None:
+    """Somebody's text on stderr, with its lines as they are."""
+    print(clean(text), file=sys.stderr, flush=True)
+
+
 def wrap(text: str, stream: TextIO, *, indent: int | None = None) -> str:
     """`text` with its lines broken between words where `stream` is a terminal that they are too wide for; elsewhere as it is.
 

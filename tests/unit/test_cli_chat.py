@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -173,3 +177,35 @@ def test_a_store_that_cannot_be_opened_costs_a_note_only(model: ScriptedQwen2, h
     done = here("chat", "big", stdin="a\n")
     assert (done.returncode, done.stdout) == (0, "one\n")
     assert "not saved" in done.stderr
+
+
+def test_a_reply_that_broke_off_is_pointed_at(model: ScriptedQwen2) -> None:
+    def stop_at_the_third(number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    model.before = stop_at_the_third
+    here("chat", "big", stdin="a\n")
+    model.before = lambda number: None
+    assert "that reply broke off: /more" in here("chat", "--continue", stdin="/more\n").stderr
+    assert "broke off" not in here("chat", "--continue", stdin="").stderr
+
+
+def test_pasted_lines_are_one_message() -> None:
+    readline = pytest.importorskip("readline")
+    if "libedit" in (readline.__doc__ or ""):
+        pytest.skip("libedit knows no bracketed paste")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", "from qwen2_local.cli.chat import _line\nprint('got', ascii(_line()))"])
+    shown = b""
+    while b"> " not in shown:
+        shown += os.read(terminal, 1024)
+    os.write(terminal, "\x1b[200~one\n\ttwo 量\nthree\n\x1b[201~\r".encode())
+    with suppress(OSError):  # how a terminal ends
+        while piece := os.read(terminal, 1024):
+            shown += piece
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert b"got 'one\\n\\ttwo \\u91cf\\nthree'" in shown
