@@ -28,6 +28,10 @@ _TYPES = ("Completion", "Message", "Piece", "Sampling", "Score", "Usage")
 _HOMES = {"Chat": "chat", "Qwen2": "model", "Qwen2LocalError": "errors"} | dict.fromkeys(_TYPES, "types")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)  # what completion offers
+
+
 def __getattr__(name: str) -> object:
     # Lazily, so that `qwen2-local --help` pays for none of it.
     if name in _HOMES:

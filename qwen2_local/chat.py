@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack, get_args
 
 from qwen2_local import chatml, kvcache, paths
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, deletion, path_to
@@ -175,6 +175,8 @@ class Chat:
         system: the system message, by default the model's own. store: where to keep it from the first turn on; None keeps it in memory only,
         and its KV off the disk.
         """
+        if overflow not in get_args(Overflow):
+            raise UsageError(f"overflow is {overflow!r}.", hint=f"It may be {', '.join(get_args(Overflow))}.")
         self.model = model
         self.overflow: Overflow = overflow
         self.unsaved = ""

@@ -56,6 +56,8 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, default_system:
     if not messages:
         raise InvalidPrompt("The conversation is empty.", hint="Give at least one message.")
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Message):
+            raise InvalidPrompt(f"Message {number} is a {type(message).__name__}, not a Message.", hint='One is Message("user", "Hi").')
         if message.role not in get_args(Role):
             raise InvalidPrompt(f"Message {number} has the role {message.role!r}.", hint="Roles are system, user and assistant.")
         require_text(message.content, f"Message {number} ({message.role})")

@@ -57,11 +57,11 @@ class Qwen2:
 
     def __init__(
         self,
-        name: str = "guide",
+        name: str | Path = "guide",
         *,
         backend: str | None = None,
         context: int | None = None,
-        draft: str | None = None,
+        draft: str | Path | None = None,
         adapter: str | Path | None = None,
         kv_bits: int = 16,
         kv_cache: bool = True,
@@ -88,10 +88,13 @@ class Qwen2:
 
         if idle_s is not None and not worker:
             raise UsageError("idle_s is for a model in a worker.", hint="Add worker=True.")
+        if idle_s is not None and not idle_s > 0:
+            raise UsageError(f"idle_s is {idle_s!r}, but has to be a number of seconds above 0.")
+        name = _named(name)
         if pull:
             name = installed_or_pulled(name, backend=backend, report=report)
         self.name = name
-        smaller = None if draft is None else open_model(draft, report=report, kv_cache=False, parallel=1)
+        smaller = None if draft is None else open_model(_named(draft), report=report, kv_cache=False, parallel=1)
         opened = open_model(
             name, backend=backend, context=context, report=report, adapter=adapter, kv_bits=kv_bits, kv_cache=kv_cache, parallel=parallel,
             force=force, beside=smaller.memory if smaller else 0,
@@ -191,12 +194,13 @@ class Qwen2:
         """
         from qwen2_local.many import Meter, in_order
 
+        _require_several(prompts)
         total = len(prompts) if isinstance(prompts, Sequence) else None
         meter = Meter(total, shown=progress)
         replies: list[Any] = []
 
         def begin(prompt: str) -> Stream:
-            return self.respond(_turns(prompt.removesuffix("\n"), system), schema=schema, **options)
+            return self.respond(_turns(_line(prompt), system), schema=schema, **options)
 
         try:
             for result in in_order(begin, prompts, concurrency=concurrency):
@@ -260,13 +264,14 @@ class Qwen2:
 
         from qwen2_local.many import Meter, checked
 
+        _require_several(prompts)
         meter = Meter(len(prompts) if isinstance(prompts, Sequence) else None, shown=progress)
         numbered = enumerate(prompts)
         replies: dict[int, Any] = {}
 
         async def work() -> None:
             for number, prompt in numbered:
-                replies[number] = await self.aask(prompt.removesuffix("\n"), **options)
+                replies[number] = await self.aask(_line(prompt), **options)
                 meter.advance()
 
         tasks = [asyncio.create_task(work()) for _ in range(checked(concurrency))]
@@ -341,6 +346,11 @@ class Qwen2:
         return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs[part])), bool(scores.greedy[part].all()))
 
 
+def _named(name: str | Path) -> str:
+    """A model's name as text. A `Path` is always a path, also where a model of that name is installed."""
+    return str(name.expanduser().absolute()) if isinstance(name, Path) else name
+
+
 def _parse(completion: Completion, schema: Any) -> Any:
     from qwen2_local import grammar
 
@@ -359,7 +369,19 @@ async def _threaded(work: Callable[[], T]) -> T:
     return await in_thread(work)
 
 
+def _require_several(prompts: Iterable[str]) -> None:
+    if isinstance(prompts, str):
+        raise UsageError("The questions are one text, not several.", hint="Give a list or any other iterable of texts; `ask` takes one question.")
+
+
+def _line(prompt: str) -> str:
+    """One of several prompts; lines of a file come with their end."""
+    return prompt.removesuffix("\n") if isinstance(prompt, str) else prompt
+
+
 def _turns(question: str, system: str | None) -> list[Message]:
+    if not isinstance(question, str):
+        raise InvalidPrompt(f"The question is a {type(question).__name__}, not a text.", hint="Give some text; `respond` takes messages.")
     if not question.strip():
         raise InvalidPrompt("The question is empty.", hint="Give some text.")
     return ([Message("system", system)] if system is not None else []) + [Message("user", question)]

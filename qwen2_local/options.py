@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from qwen2_local.errors import UsageError
@@ -61,6 +62,9 @@ class Options(Wishes, total=False):
     progress: Progress | None
 
 
+_KNOWN = Options.__required_keys__ | Options.__optional_keys__
+
+
 @dataclass(frozen=True, slots=True)
 class Settled:
     """Options with everything decided. form: what the reply has to look like, if anything."""
@@ -77,6 +81,10 @@ class Settled:
 
 def settle(own: Sampling, **options: Unpack[Options]) -> Settled:
     """own: the model's sampling. Raises UsageError, InvalidSampling, and UnsupportedSchema for a schema that cannot be kept to."""
+    for name in options:
+        if name not in _KNOWN:
+            near = get_close_matches(name, _KNOWN, 1)
+            raise UsageError(f"There is no option {name!r}.", hint=f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(_KNOWN))}.")
     sampling = options.get("sampling") or own
     given: dict[str, Any] = {name: value for name in _OF_SAMPLING if (value := options.get(name)) is not None}
     if given:

@@ -164,6 +164,9 @@ class Score:
     logprobs: tuple[float, ...] = field(repr=False)
     greedy: bool
 
+    def __repr__(self) -> str:
+        return f"Score(logprob={self.logprob:.6g}, perplexity={self.perplexity:.6g}, greedy={self.greedy}, tokens={len(self.tokens)})"
+
     @property
     def logprob(self) -> float:
         """Of the whole."""

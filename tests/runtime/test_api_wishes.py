@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+import qwen2_local
 from qwen2_local import Completion, Message, Piece, Qwen2, Sampling, backends
-from qwen2_local.errors import InvalidPrompt, InvalidSampling, SchemaError, TruncatedReply, UnsupportedSchema, UsageError, WorkerDied
+from qwen2_local.errors import InvalidPrompt, InvalidSampling, SchemaError, TruncatedReply, UnknownModel, UnsupportedSchema, UsageError, WorkerDied
 from qwen2_local.types import Score, Usage
 from tests.support import tiny_checkpoint
 
@@ -356,3 +357,59 @@ def test_a_model_in_a_worker_is_the_same_model(model: Qwen2, backend: str, reply
 def test_idle_time_is_for_a_worker() -> None:
     with pytest.raises(UsageError, match="worker"):
         Qwen2("guide", idle_s=5)
+
+
+# Slips of the hand
+
+
+def test_an_option_that_does_not_exist_is_not_passed_over(model: Qwen2) -> None:
+    slip: Any = {"max_token": 5}
+    with pytest.raises(UsageError, match="Did you mean max_tokens"):
+        model.ask("What is GGUF?", **slip)
+    with pytest.raises(UsageError, match="max_tokens"):
+        model.chat().send("What is GGUF?", **slip)
+
+
+def test_what_is_no_text_and_no_message(model: Qwen2) -> None:
+    for wrong in (None, 7, b"Hi"):
+        with pytest.raises(UsageError, match="not a text"):
+            model.ask(cast(Any, wrong))
+        with pytest.raises(UsageError, match="not a text"):
+            model.map([cast(Any, wrong)])
+    for wrong in ("Hi", [{"role": "user", "content": "Hi"}]):
+        with pytest.raises(UsageError, match="not a Message"):
+            model.respond(cast(Any, wrong))
+
+
+def test_one_text_is_not_taken_for_a_list_of_letters(model: Qwen2) -> None:
+    with pytest.raises(UsageError, match="not several"):
+        model.map("What is GGUF?")
+    with pytest.raises(UsageError, match="not several"):
+        asyncio.run(model.amap("What is GGUF?"))
+
+
+def test_a_policy_that_does_not_exist(model: Qwen2) -> None:
+    with pytest.raises(UsageError, match="overflow"):
+        model.chat(overflow="drop")
+
+
+def test_a_path_is_a_model_too(tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"model\.gguf"):
+        Qwen2(tmp_path / "model.gguf")
+    with pytest.raises(UnknownModel):
+        Qwen2(Path("guide"))  # a path, not the name
+
+
+@pytest.mark.parametrize("idle_s", [0, -1])
+def test_idle_time_is_time(idle_s: float) -> None:
+    with pytest.raises(UsageError, match="idle_s"):
+        Qwen2("guide", worker=True, idle_s=idle_s)
+
+
+def test_a_score_shows_what_it_is_for() -> None:
+    assert repr(Score((1, 2), (-1.0, -3.0), False)) == "Score(logprob=-4, perplexity=7.38906, greedy=False, tokens=2)"
+
+
+def test_completion_in_a_notebook_offers_the_api() -> None:
+    assert "Qwen2" in dir(qwen2_local)
+    assert "logging" not in dir(qwen2_local)
