@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -391,16 +391,19 @@ def _vocabulary(tokenizer: Tokenizer, limit: int, stops: frozenset[int]) -> llgu
             for number, name in control.items():
                 tokens[number] = name
             spelled = {token: number for number, token in enumerate(tokens) if len(token) == 1}
-            encode = functools.partial(_encode, tokenizer, limit, spelled)
+            encode = functools.partial(_encode, ref(tokenizer), limit, spelled)  # weakly, or none would ever be let go
             known[limit, stops] = _wrapped(tokens, sorted(control), encode, sorted(stop for stop in stops if stop < limit))
         return known[limit, stops]
 
 
-def _encode(tokenizer: Tokenizer, limit: int, spelled: Mapping[bytes, int], data: bytes) -> list[int]:
-    """The ids that a model would read for bytes that must follow; byte by byte where the tokenizer would change them (Unicode's NFC)."""
-    ids = tokenizer.encode(data.decode())
-    if max(ids, default=0) < limit and b"".join(map(tokenizer.token_bytes, ids)) == data:
-        return ids
+def _encode(known: ref[Tokenizer], limit: int, spelled: Mapping[bytes, int], data: bytes) -> list[int]:
+    """The ids that a model would read for bytes that must follow; byte by byte where the tokenizer would change them (Unicode's NFC),
+    or is gone."""
+    tokenizer = known()
+    if tokenizer is not None:
+        ids = tokenizer.encode(data.decode())
+        if max(ids, default=0) < limit and b"".join(map(tokenizer.token_bytes, ids)) == data:
+            return ids
     return [spelled[data[index : index + 1]] for index in range(len(data))]
 
 

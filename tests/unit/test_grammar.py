@@ -5,10 +5,12 @@ More schemas with `QWEN2_LOCAL_ALL_POINTS=1 python -m pytest tests/unit/test_gra
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -473,3 +475,14 @@ def test_whitespace_comes_to_an_end(guide: Tokenizer) -> None:
     for text in ('{  "a": []}', '{\n\n"a": []}', "{" + "\n" + " " * 50 + '"a": []}', '{"a": []}\n'):
         with pytest.raises(SchemaError):
             parse(text, schema)
+
+
+def test_a_tokenizer_that_nobody_uses_is_let_go_with_its_vocabulary() -> None:
+    tokenizer = Tokenizer.from_gguf(small_gguf())
+    there = weakref.ref(tokenizer)
+    made = grammar.compile(Regex("abc"), tokenizer, SIZE, {END})
+    made.start().mask()
+    del tokenizer
+    gc.collect()
+    assert there() is None
+    assert made.start().forced(), "what is under way goes on"
