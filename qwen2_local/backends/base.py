@@ -192,8 +192,9 @@ class Backend(Protocol):
     def step(self, rows: Sequence[Row]) -> list[RowResult]:
         """Append each row's tokens to its sequence, in one batch; results in the order of the rows.
 
-        Raises Cancelled when `cancel` was called meanwhile (the sequences' lengths are then as before the step),
-        BackendError on NaN logits or a failing library.
+        Raises Cancelled when `cancel` was called meanwhile, or since the step before; BackendError on NaN logits, where no token may come
+        next, or from a failing library. Every sequence is then as before the step, so that it can be made again, row by row; only one
+        whose KV was lost goes on raising.
         """
         ...
 
@@ -221,7 +222,7 @@ class Backend(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Stop the step under way, if any. Callable from any thread; returns at once."""
+        """Stop the step under way; where there is none, the next one ends as it begins. Callable from any thread; returns at once."""
         ...
 
     def close(self) -> None:

@@ -120,11 +120,15 @@ class LlamaCpp:
     def step(self, rows: Sequence[Row]) -> list[RowResult]:
         """Append each row's tokens to its sequence, in one batch.
 
-        `cancel` counts from here on: this line clears the flag, so one that came before found no step under way and is forgotten, and
-        one that comes before the results are read ends this step with Cancelled.
-        Raises ContextOverflow, Cancelled, BackendError.
+        Raises ContextOverflow, Cancelled, DoesNotFit, BackendError; every sequence is then as it was.
         """
-        self._stop[0] = b"\0"
+        try:
+            return self._step(rows)
+        finally:
+            # At the end, so that a `cancel` just before a step ends that step; nothing of it is left for the next.
+            self._stop[0] = b"\0"
+
+    def _step(self, rows: Sequence[Row]) -> list[RowResult]:
         self._check_open()
         places = {row.sequence: place for place, row in enumerate(rows)}
         if not rows or len(places) < len(rows):
@@ -211,7 +215,7 @@ class LlamaCpp:
         self._lengths[sequence] = after
 
     def cancel(self) -> None:
-        """Stop the step under way, if any; see `step`. Callable from any thread."""
+        """Stop the step under way, else the next. Callable from any thread."""
         self._stop[0] = b"\1"
 
     def close(self) -> None:

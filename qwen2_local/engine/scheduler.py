@@ -251,6 +251,7 @@ class Scheduler:
         # A step in which others decode is short, and breaking it off would cost them their tokens.
         self._breakable = len(parts) == 1 or all(part.count > 1 for part in parts)
         self._stepping = parts
+        results: Sequence[RowResult] | None = None
         started = time.perf_counter()
         try:
             rows = []
@@ -267,10 +268,17 @@ class Scheduler:
         except Cancelled:
             return  # Nothing was appended; who is cancelled is settled in the next turn.
         except BaseException as error:
-            self._fail([part.work for part in parts], error)
-            return
+            if len(parts) == 1:
+                self._fail([parts[0].work], error)
+                return
+            _log.warning("A step of %d requests failed; it is made again, one by one: %s", len(parts), error)
         finally:
             self._stepping = ()
+        if results is None:
+            # The sequences are as they were, so that only those fail whose fault it is.
+            for part in parts:
+                self._step([part])
+            return
         seconds = time.perf_counter() - started
         if read:
             self._slices.took(read, seconds)

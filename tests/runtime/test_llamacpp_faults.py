@@ -134,6 +134,17 @@ def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
     backend.close()
 
 
-def test_cancel_between_steps_stops_nothing(llama: LlamaCpp) -> None:
+def test_a_cancel_between_steps_ends_the_next_one_and_no_other(llama: LlamaCpp) -> None:
+    sequence = llama.open()
     llama.cancel()
-    assert llama.step([Row(llama.open(), TOKENS, [Choice(tiny.VOCABULARY)])])[0].chosen
+    with pytest.raises(Cancelled):
+        llama.step([Row(sequence, TOKENS)])
+    assert llama.step([Row(sequence, TOKENS, [Choice(tiny.VOCABULARY)])])[0].chosen[0].token >= 0
+
+
+def test_a_cancel_does_not_outlive_a_step_that_failed(llama: LlamaCpp) -> None:
+    sequence = llama.open()
+    llama.cancel()
+    with pytest.raises(BackendError, match="outside the vocabulary"):
+        llama.step([Row(sequence, [-1])])
+    llama.step([Row(sequence, TOKENS)])

@@ -78,6 +78,8 @@ class Scripted:
         self.closed = 0
         self.fail: dict[int, BaseException] = {}
         """By number of the step: what it raises."""
+        self.faulty: dict[int, BaseException] = {}
+        """By token: what a step raises that is to append it."""
         self.can_export = True
         self.hold_from: int | None = None
         """Steps from this number on wait for `go`, or for a cancel."""
@@ -115,9 +117,19 @@ class Scripted:
         return number
 
     def step(self, rows: Sequence[Row]) -> list[RowResult]:
-        """One batch."""
+        """One batch. Where it fails, everything is as before."""
         self._check()
-        self._cancelled.clear()
+        lengths = {row.sequence: len(self.sequences[row.sequence]) for row in rows}
+        try:
+            return self._step(rows)
+        except BaseException:
+            for row in rows:
+                del self.sequences[row.sequence][lengths[row.sequence] :]
+            raise
+        finally:
+            self._cancelled.clear()
+
+    def _step(self, rows: Sequence[Row]) -> list[RowResult]:
         number = len(self.batches)
         self.batches.append(len(rows))
         assert 0 < sum(len(row.tokens) for row in rows) <= self.step_tokens
@@ -131,6 +143,12 @@ class Scripted:
             assert len(present) + len(row.tokens) <= self.layout.context
         if number in self.fail:
             raise self.fail[number]
+        for row in rows:
+            for token in row.tokens:
+                if token in self.faulty:
+                    raise self.faulty[token]
+        if self._cancelled.is_set():
+            raise Cancelled("Stopped.")
         if self.hold_from is not None and number >= self.hold_from:
             self.held.release()
             while not self.go.acquire(timeout=0.005):

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from qwen2_local.backends.base import Row, RowResult
 from qwen2_local.engine import Engine, Finished, Prefilled, Token
 from qwen2_local.errors import BackendError, ContextOverflow, DoesNotFit, Qwen2LocalError, UsageError
 from tests.support.engines import Harness, cached, end, request, tokens
@@ -297,6 +298,27 @@ def test_a_late_cancel_does_not_hit_the_next_reply(harness: Harness) -> None:
         next(reply)
         reply.close()
         assert tokens(harness.run(5)) == [6, 7, 8]
+
+
+def test_a_cancel_just_before_a_step_begins_ends_it(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, replies = harness.backend.step, []
+
+    def step(rows: Sequence[Row]) -> list[RowResult]:
+        if len(harness.backend.batches) == 2:  # the engine has looked for cancels, and the backend has not begun
+            harness.backend.hold_from = 2
+            replies[0].cancel()
+        return real(rows)
+
+    monkeypatch.setattr(harness.backend, "step", step)
+    harness.backend.hold_from = 1
+    replies.append(harness.engine.submit(request(1, max_tokens=None)))
+    harness.backend.held.acquire()
+    harness.backend.hold_from = None
+    harness.backend.go.release()
+    events = list(replies[0])
+    assert end(events) == "cancelled"
+    assert tokens(events) == [2, 3]
+    assert not harness.backend.held.acquire(blocking=False), "the step was not waited for"
 
 
 # Readers that dawdle or go away

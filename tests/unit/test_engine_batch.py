@@ -248,17 +248,54 @@ def test_a_cancel_of_one_does_not_disturb_the_others(make: Callable[..., Harness
         assert end(list(replies[number])) in ("cancelled", "length")
 
 
-def test_a_failed_step_fails_those_in_it_alone(make: Callable[..., Harness]) -> None:
+def test_a_request_that_fails_a_step_fails_alone(make: Callable[..., Harness]) -> None:
+    harness = make(rule=scrambled)
+    harness.backend.faulty[expected([2], scrambled, most=4)[3]] = RuntimeError("values that are no numbers")
+    replies = together(harness, *(request(number, max_tokens=10) for number in range(4)))
+    with pytest.raises(BackendError, match="no numbers"):
+        list(replies[2])
+    for number in (0, 1, 3):
+        assert tokens(replies[number]) == expected([number], scrambled, most=10)
+    assert cached(harness.run(2, *expected([2], scrambled, most=2), max_tokens=1)) == 0, "nothing of it is trusted"
+
+
+def test_a_step_that_fails_once_is_made_again_and_costs_nobody_a_reply(make: Callable[..., Harness]) -> None:
+    harness = make(rule=scrambled)
+    with harness.held():
+        replies = [harness.engine.submit(request(number, max_tokens=10)) for number in range(3)]
+        harness.backend.held.acquire()
+        harness.backend.fail[3] = RuntimeError("device busy")
+    assert [tokens(reply) for reply in replies] == [expected([number], scrambled, most=10) for number in range(3)]
+    assert harness.backend.batches[3:7] == [3, 1, 1, 1]
+
+
+def test_a_device_that_is_lost_ends_all_who_are_on_it(make: Callable[..., Harness]) -> None:
     harness = make(parallel=2, rule=scrambled)
     with harness.held():
         replies = [harness.engine.submit(request(number, max_tokens=10)) for number in range(3)]
         harness.backend.held.acquire()
-        harness.backend.fail[3] = RuntimeError("device lost")
+        harness.backend.fail |= dict.fromkeys((3, 4, 5), RuntimeError("device lost"))
     for reply in replies[:2]:
         with pytest.raises(BackendError, match="device lost"):
             list(reply)
     assert tokens(replies[2]) == expected([2], scrambled, most=10)
     assert cached(harness.run(0, *expected([0], scrambled, most=3))) == 0, "nothing of them is trusted"
+
+
+def test_a_cancel_while_a_step_is_made_again_counts(make: Callable[..., Harness]) -> None:
+    harness = make(rule=scrambled)
+    harness.backend.hold_from = 0
+    replies = [harness.engine.submit(request(number, max_tokens=10)) for number in range(3)]
+    harness.backend.held.acquire()
+    harness.backend.fail[3] = RuntimeError("device busy")
+    harness.backend.hold_from = 5  # of the second of the three, alone
+    harness.backend.go.release()
+    harness.backend.held.acquire()
+    replies[1].cancel()
+    harness.backend.hold_from = None
+    assert end(list(replies[1])) == "cancelled"
+    for number in (0, 2):
+        assert tokens(replies[number]) == expected([number], scrambled, most=10)
 
 
 def test_more_requests_than_may_wait_hold_up_who_brings_them(make: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch) -> None:
