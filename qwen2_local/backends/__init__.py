@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, cast
@@ -51,8 +52,8 @@ class Plan:
     options: LoadOptions
     files: tuple[Stamp, ...] = ()
 
-    def load(self) -> Backend:
-        """Load it. Raises BadFile if a file is no longer what was checked, and whatever `load` does."""
+    def load(self, *, cancelled: Callable[[], bool] | None = None) -> Backend:
+        """Load it; cancelled as in `load`. Raises BadFile if a file is no longer what was checked, and whatever `load` does."""
         for stamp in self.files:
             try:
                 same = Stamp.of(stamp.path) == stamp
@@ -60,7 +61,7 @@ class Plan:
                 same = False
             if not same:
                 raise BadFile(f"{stamp.path} has changed since it was checked.", hint="Load the model again.")
-        return load(self.backend, self.path, layout=self.layout, options=self.options)
+        return load(self.backend, self.path, layout=self.layout, options=self.options, cancelled=cancelled)
 
 
 def available() -> tuple[str, ...]:
@@ -80,14 +81,14 @@ def default_backend() -> str:
     raise BackendUnavailable("No backend is installed: neither MLX nor llama.cpp.", hint=f"Run `{repair.reinstall('llama-cpp-python')}`.")
 
 
-def load(name: str, path: Path, *, layout: Layout, options: LoadOptions) -> Backend:
+def load(name: str, path: Path, *, layout: Layout, options: LoadOptions, cancelled: Callable[[], bool] | None = None) -> Backend:
     """Load a model: a GGUF file for llama.cpp, an MLX folder for MLX. layout: how its KV memory is laid out at first.
 
-    Raises BackendUnavailable, BadFile, DoesNotFit, BackendError.
+    cancelled: asked again and again while it loads, on the same thread. Raises BackendUnavailable, BadFile, DoesNotFit, BackendError, Cancelled.
     """
     if name not in _BACKENDS:
         raise BackendUnavailable(f"There is no backend named {name!r}.", hint=f"The backends are: {', '.join(NAMES)}.")
     if name not in available():
         command = repair.reinstall("mlx" if name == "mlx" else "llama-cpp-python")
         raise BackendUnavailable(f"The backend {name} is not installed.", hint=f"Run `{command}`.")
-    return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, layout=layout, options=options))
+    return cast(Backend, importlib.import_module(_BACKENDS[name][1]).load(path, layout=layout, options=options, cancelled=cancelled))

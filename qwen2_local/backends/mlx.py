@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,11 +43,11 @@ _KV_FORMAT = 1
 _REPORT = "Try again; if it stays, run `qwen2-local doctor`."
 
 
-def load(path: Path, *, layout: Layout, options: LoadOptions) -> Mlx:
+def load(path: Path, *, layout: Layout, options: LoadOptions, cancelled: Callable[[], bool] | None = None) -> Mlx:
     """Load the MLX folder at `path`: bfloat16, float16 or float32, or quantized. A dense checkpoint of Hugging Face's has the same layout.
 
     It computes in the type of the file's floats on a GPU, and in float32 on a CPU (which has no fast 16-bit code).
-    Raises BadFile, UnsupportedModel, DoesNotFit, BackendError.
+    cancelled: asked before each tensor. Raises BadFile, UnsupportedModel, DoesNotFit, BackendError, Cancelled.
     """
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
@@ -59,7 +59,7 @@ def load(path: Path, *, layout: Layout, options: LoadOptions) -> Mlx:
     adapter = None if options.adapter is None else open_adapter(options.adapter, config)
     on_gpu = mx.default_device().type == mx.DeviceType.gpu
     try:
-        model = load_model(checkpoint, None if on_gpu else mx.float32, kv_bits=options.kv_bits, adapter=adapter)
+        model = load_model(checkpoint, None if on_gpu else mx.float32, kv_bits=options.kv_bits, adapter=adapter, cancelled=cancelled)
     except (RuntimeError, ValueError, MemoryError) as error:
         raise _load_failed(checkpoint, error) from error
     notes = () if on_gpu else ("MLX has no GPU on this machine and is slow here: a GGUF model and llama.cpp are many times faster.",)
@@ -70,7 +70,8 @@ def load(path: Path, *, layout: Layout, options: LoadOptions) -> Mlx:
 class _Sequence:
     kv: list[LayerKv]
     length: int = 0
-    lost: bool = field(default=False)
+    lost: str = ""
+    """Why its KV is not there any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,16 @@ class Mlx:
     def step(self, rows: Sequence[Row]) -> list[RowResult]:
         """Append each row's tokens to its sequence, in one batch.
 
-        A `cancel` counts from the moment this is called. If MLX itself fails, the KV of the rows' sequences is lost: free them.
+        If MLX itself fails, the KV of the rows' sequences is lost: free them.
         Raises ContextOverflow, Cancelled, DoesNotFit, BackendError.
         """
-        self._stop = False
+        try:
+            return self._step(rows)
+        finally:
+            # At the end, so that a `cancel` just before a step ends that step; nothing of it is left for the next.
+            self._stop = False
+
+    def _step(self, rows: Sequence[Row]) -> list[RowResult]:
         model = self._loaded()
         ahead, self._ahead = self._ahead, None
         tokens, pieces = self._arrange_rows(rows)
@@ -178,9 +185,10 @@ class Mlx:
             else:
                 results = _results(model, rows, pieces, self._hidden(model, mx.array(tokens), pieces))
         except (RuntimeError, ValueError, MemoryError) as error:
+            failed = _step_failed(error)
             for row in rows:
-                self._sequence(row.sequence).lost = True
-            raise _step_failed(error) from error
+                self._sequence(row.sequence).lost = failed.what
+            raise failed from error
         if self._stop:
             self._ahead = None
             raise Cancelled("Stopped.")
@@ -245,7 +253,7 @@ class Mlx:
         present.kv, present.length = kv, after
 
     def cancel(self) -> None:
-        """Stop the step under way, if any. Callable from any thread; returns at once."""
+        """Stop the step under way, else the next. Callable from any thread; returns at once."""
         self._stop = True
 
     def close(self) -> None:
@@ -358,7 +366,7 @@ class Mlx:
         """A sequence whose KV is there, and at least `length` tokens of it."""
         found = self._sequence(index)
         if found.lost:
-            raise BackendError(f"Sequence {index} was lost in a step that failed.", hint=_REPORT)
+            raise BackendError(f"Sequence {index} was lost in a step that failed. {found.lost}", hint=_REPORT)
         if not 0 <= length <= found.length:
             raise BackendError(f"Sequence {index} has {found.length} tokens, not {length}.", hint=_REPORT)
         return found

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from qwen2_local.backends.mlx_adapter import Adapter
 from qwen2_local.backends.mlx_kv import KvFormat, LayerKv, Offsets, PlainKv, QuantizedKv, Rope
+from qwen2_local.errors import Cancelled
 from qwen2_local.formats.checkpoint import Checkpoint
 from qwen2_local.formats.config import MlxQuantization, Moe, Qwen2Config
 
@@ -196,11 +197,19 @@ class Qwen2:
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
 
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None, *, kv_bits: int = 16, adapter: Adapter | None = None) -> Qwen2:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype | None,
+    *,
+    kv_bits: int = 16,
+    adapter: Adapter | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Qwen2:
     """The model of a validated checkpoint, its experts stacked as MLX does. dtype: None is that of the file's floats.
 
     kv_bits: 8, or 16 for the KV in the type of the activations. YaRN is as the checkpoint's config has it.
-    Each array is in memory when this returns; packed weights stay as they are. Raises RuntimeError or MemoryError, as MLX does.
+    cancelled: asked before each tensor. Each array is in memory when this returns; packed weights stay as they are.
+    Raises Cancelled, and RuntimeError or MemoryError, as MLX does.
     """
     config = checkpoint.config
     arrays: dict[str, mx.array] = {}
@@ -212,6 +221,8 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None, *, kv_bits: int =
     adapted = {} if adapter is None else adapter.pairs(own)
 
     def tensor(name: str) -> mx.array:
+        if cancelled is not None and cancelled():
+            raise Cancelled("Stopped.")
         array = arrays.pop(name)
         if mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(own)

@@ -79,6 +79,11 @@ class Engine:
         self.info = result
 
     @property
+    def closed(self) -> bool:
+        """Has it been closed? `load` may ask, and give up where nobody waits for it any more."""
+        return self._closed
+
+    @property
     def layout(self) -> Layout:
         """How the KV memory is laid out now; it follows what is asked for."""
         return self._scheduler.device.layout

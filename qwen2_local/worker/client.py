@@ -43,8 +43,8 @@ class RemoteEngine:
         self._closed = threading.Event()
         self._broken = ""
         self._used = time.monotonic()
-        self._worker: Worker | None
-        self._worker, self.info = self._start()
+        self._worker: Worker | None = None
+        _, self.info = self._start()
         if idle_s is not None:
             threading.Thread(target=self._watch, args=(idle_s,), name="qwen2-local idle", daemon=True).start()
 
@@ -143,13 +143,10 @@ class RemoteEngine:
     def _alive(self) -> Worker:
         """The worker, or a new one where it died or was idle for long."""
         with self._lock:
-            if self._closed.is_set():
-                raise UsageError("The model is closed.", hint="Load it again.")
+            self._require_open()
             worker = self._worker
             if worker is None or worker.dead:
-                self._worker, self.info = worker, _ = self._start()
-                if self._closed.is_set():  # meanwhile, by another thread, which may not have seen this worker
-                    worker.close()
+                worker, self.info = self._start()
             return worker
 
     def _start(self) -> tuple[Worker, BackendInfo]:
@@ -157,12 +154,16 @@ class RemoteEngine:
             raise WorkerDied(self._broken, hint=_BROKEN_HINT)
         for left in reversed(range(_TRIES)):
             try:
-                worker = Worker(self._setup)
+                # Seen by `close` from here on, so that it need not wait until the model is loaded.
+                worker = self._worker = Worker(self._setup)
             except OSError as error:
                 raise BackendError(f"No process can be started for the model: {error.strerror}.", hint="Close other programs.") from error
+            if self._closed.is_set():  # before that line
+                worker.close()
             try:
                 return worker, worker.loaded()
             except WorkerDied as error:
+                self._require_open()
                 if left == 0:
                     self._broken = f"The process that loads the model died twice. {error.what}"
                     raise WorkerDied(self._broken, hint=_BROKEN_HINT) from error
@@ -181,6 +182,10 @@ class RemoteEngine:
                     self._worker.close()
                     self._worker = None
                 self._used = time.monotonic()
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise UsageError("The model is closed.", hint="Load it again.")
 
     def _require_own_process(self) -> None:
         if os.getpid() != self._process:

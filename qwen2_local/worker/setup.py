@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen2_local import kvcache
 from qwen2_local.backends import Plan
+from qwen2_local.backends.base import Backend
 from qwen2_local.engine import Engine
 
 _log = logging.getLogger("qwen2_local.worker")
@@ -37,9 +39,9 @@ class LocalEngine(Engine):
     def __init__(self, setup: Setup) -> None:
         """Load it. Raises as `Plan.load` and `Engine` do, UsageError for a KV cache that is set up wrongly."""
         self._kv = kvcache.open_default(setup.label, tell=_log.warning) if setup.kv_cache else kvcache.KvCache(None, model=setup.label)
-        draft = None if setup.draft is None else setup.draft.load
+        draft = None if setup.draft is None else self._loading(setup.draft)
         try:
-            super().__init__(setup.plan.load, kv=self._kv, draft=draft, parallel=setup.parallel, kv_memory=setup.kv_memory)
+            super().__init__(self._loading(setup.plan), kv=self._kv, draft=draft, parallel=setup.parallel, kv_memory=setup.kv_memory)
         except BaseException:
             self._kv.close()
             raise
@@ -48,3 +50,7 @@ class LocalEngine(Engine):
         """Free the model, end the thread, and write what is still to be kept. Replies under way end as cancelled. Idempotent."""
         super().close()
         self._kv.close()
+
+    def _loading(self, plan: Plan) -> Callable[[], Backend]:
+        """How to load it, as long as somebody waits for it."""
+        return lambda: plan.load(cancelled=lambda: self.closed)

@@ -279,7 +279,7 @@ def test_the_layout_can_be_looked_at(engine: RemoteEngine) -> None:
 
 def test_a_model_that_is_closed_while_it_comes_back_leaves_no_process(tmp_path: Path) -> None:
     engine = RemoteEngine(setup(tmp_path))
-    setup(tmp_path, slow_load=1.0)
+    setup(tmp_path, slow_load=60)
     pid = engine.pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -295,10 +295,22 @@ def test_a_model_that_is_closed_while_it_comes_back_leaves_no_process(tmp_path: 
     thread = threading.Thread(target=ask)
     thread.start()
     assert until(lambda: loads(tmp_path) == 2)
+    began = time.monotonic()
     engine.close()
     thread.join(10)
     assert raised
+    assert time.monotonic() - began < 5, "nobody waits for the load"
     assert engine.pid is None
+
+
+def test_a_ctrl_c_while_the_model_loads_ends_the_process(tmp_path: Path) -> None:
+    begun = threading.Thread(target=lambda: until(lambda: loads(tmp_path) == 1) and os.kill(os.getpid(), signal.SIGINT))
+    begun.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        RemoteEngine(setup(tmp_path, slow_load=60))
+    assert time.monotonic() - began < 15
+    begun.join()
 
 
 def test_a_score_ends_with_the_model(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen2_local.backends import Plan
 from qwen2_local.backends.base import Choice, Layout, LoadOptions, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.errors import BackendError, BadFile, Cancelled, DoesNotFit
@@ -200,3 +201,5 @@ def test_a_load_can_be_cancelled(tiny_gguf: Path) -> None:
         LlamaCpp.load(tiny_gguf, layout=Layout(1, 64), cancelled=lambda: after(2))
     assert 3 <= len(asked) <= 5
     LlamaCpp.load(tiny_gguf, layout=Layout(1, 64), cancelled=lambda: False).close()
+    with pytest.raises(Cancelled):
+        Plan("llama.cpp", tiny_gguf, Layout(1, 64), LoadOptions("", 64)).load(cancelled=lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2_local.backends.base import Choice, Row
+from qwen2_local import backends
+from qwen2_local.backends.base import Choice, Layout, LoadOptions, Row
 from qwen2_local.engine import Engine, Request, Token
 from qwen2_local.errors import BackendError, BadFile, Cancelled, ContextOverflow, DoesNotFit, UnsupportedModel
 from qwen2_local.types import Sampling
@@ -209,9 +211,29 @@ def test_cancel_in_a_step_restores_the_sequences(tmp_path: Path) -> None:
         backend.trim(other, len(TOKENS) + 1)
 
 
-def test_cancel_between_steps_stops_nothing(backend: Any) -> None:
+def test_a_cancel_between_steps_ends_the_next_one_and_no_other(backend: Any) -> None:
+    sequence = backend.open()
     backend.cancel()
-    assert backend.step([Row(backend.open(), TOKENS, [Choice(VOCABULARY)])])[0].chosen[0].token >= 0
+    with pytest.raises(Cancelled):
+        backend.step([Row(sequence, TOKENS)])
+    assert backend.step([Row(sequence, TOKENS, [Choice(VOCABULARY)])])[0].chosen[0].token >= 0
+
+
+def test_a_cancel_does_not_outlive_a_step_that_failed(backend: Any) -> None:
+    sequence = backend.open()
+    backend.cancel()
+    with pytest.raises(BackendError, match="outside the vocabulary"):
+        backend.step([Row(sequence, [-1])])
+    backend.step([Row(sequence, TOKENS)])
+
+
+def test_a_load_can_be_cancelled_between_tensors(folder: Path) -> None:
+    plan = backends.Plan("mlx", folder, Layout(1, 64), LoadOptions("", 64))
+    asked = itertools.count(1)
+    with pytest.raises(Cancelled):
+        plan.load(cancelled=lambda: next(asked) == 5)
+    assert next(asked) == 6
+    plan.load(cancelled=lambda: next(asked) == 0).close()
 
 
 def test_a_slow_model_takes_small_steps(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen2_local.backends import Plan
 from qwen2_local.backends.base import Layout, LoadOptions, Row, RowResult
-from qwen2_local.errors import DoesNotFit
+from qwen2_local.errors import Cancelled, DoesNotFit
 from qwen2_local.worker.setup import Setup
 from tests.support.scripted import Scripted, scrambled
 
@@ -32,14 +32,18 @@ def loads(folder: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def load(path: Path, *, layout: Layout, options: LoadOptions) -> Odd:
+def load(path: Path, *, layout: Layout, options: LoadOptions, cancelled: Callable[[], bool] | None = None) -> Odd:
     """does_not_fit: raise that. crash_loads: so many times, die while loading. slow_load: seconds. chatty: print to all that is standard output."""
     script = json.loads(path.read_text())
     with (path.parent / "loads").open("ab") as file:
         file.write(b".")
     if script.get("does_not_fit"):
         raise DoesNotFit("It needs 9 GB.", hint="Take less.")
-    time.sleep(script.get("slow_load", 0))
+    end = time.monotonic() + script.get("slow_load", 0)
+    while time.monotonic() < end:
+        if cancelled is not None and cancelled():
+            raise Cancelled("Stopped.")
+        time.sleep(0.01)
     if loads(path.parent) <= script.get("crash_loads", 0):
         crash()
     return Odd(script)
