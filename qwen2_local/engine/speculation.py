@@ -198,8 +198,8 @@ class Speculator:
             return
         speculation.drafted += drafted
         speculation.accepted += stood
-        # One by one its tokens would take about as many plain steps; what is far beyond that was somebody else's work on a busy machine.
-        step, proposing = min(seconds / self._plain_s, 1.5 + drafted), min(self._proposing_s / self._plain_s, drafted)
+        # What is far beyond its tokens one by one may be the work of others on a busy machine: once it is forgiven, twice in a row it is not.
+        step, proposing = min(seconds / self._plain_s, 1.9 + drafted), min(self._proposing_s / self._plain_s, drafted)
         speculation.payoff.took(drafted, stood, step + proposing)
 
     def close(self) -> None:
