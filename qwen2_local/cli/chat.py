@@ -125,9 +125,9 @@ class _Talk:
             match line.split(maxsplit=1):
                 case []:
                     continue
-                case ["/quit" | "/exit"]:
+                case ["/quit" | "/exit", *_]:
                     break
-                case ["/help"]:
+                case ["/help", *_]:
                     output.note(HELP)
                 case ["/new"]:
                     chat = self._fresh()
@@ -136,6 +136,8 @@ class _Talk:
                     self._system = rest[0] if rest else None
                     chat = self._fresh()
                     output.note("A new conversation, with that system prompt." if rest else "A new conversation, with the default system prompt.")
+                case ["/retry" | "/more" as command] if not any(message.role == "user" for message in chat.messages):
+                    output.note(f"There is nothing to {'retry' if command == '/retry' else 'go on with'} yet.")
                 case ["/retry"]:
                     self._again(chat)
                 case ["/more"]:
@@ -144,6 +146,8 @@ class _Talk:
                     self._edit(chat, text)
                 case ["/edit"]:
                     output.note("/edit takes the new question: /edit What is MLX?")
+                case ["/new" | "/retry" | "/more" as command, _]:
+                    output.note(f"{command} takes no text. /help lists what there is.")
                 case [command, *_] if command.startswith("/") and command[1:].isalpha():
                     output.note(f"There is no {command}. /help lists what there is; a message may not begin like that.")
                 case _:

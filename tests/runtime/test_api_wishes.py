@@ -376,9 +376,9 @@ def test_what_is_no_text_and_no_message(model: Qwen2) -> None:
             model.ask(cast(Any, wrong))
         with pytest.raises(UsageError, match="not a text"):
             model.map([cast(Any, wrong)])
-    for wrong in ("Hi", [{"role": "user", "content": "Hi"}]):
+    for asked in ("Hi", [{"role": "user", "content": "Hi"}]):
         with pytest.raises(UsageError, match="not a Message"):
-            model.respond(cast(Any, wrong))
+            model.respond(cast(Any, asked))
 
 
 def test_one_text_is_not_taken_for_a_list_of_letters(model: Qwen2) -> None:

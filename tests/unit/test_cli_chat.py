@@ -137,6 +137,15 @@ def test_commands_without_anything_to_act_on_are_told_so(model: ScriptedQwen2) -
     assert (done.returncode, done.stdout) == (0, "one\n")
     assert len(done.stderr.splitlines()) >= 6
     assert "There is no /fly" in done.stderr
+    assert "nothing to retry yet" in done.stderr
+    assert "nothing to go on with yet" in done.stderr
+
+
+def test_a_command_that_exists_is_never_said_not_to(model: ScriptedQwen2) -> None:
+    done = here("chat", "big", stdin="/retry x\n/more x\n/new x\n/help x\n/quit x\na\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "There is no" not in done.stderr
+    assert done.stderr.count("takes no text") == 3
 
 
 def test_a_question_without_a_reply_is_pointed_at(model: ScriptedQwen2) -> None:
