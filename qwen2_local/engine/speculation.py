@@ -34,14 +34,15 @@ class Drafter(Protocol):
 class Lookup:
     """Guesses that a run of tokens goes on as it did the last time it occurred in the same text (prompt lookup: Saxena, 2023)."""
 
-    _RUN = 3
+    _RUN = 5
+    """Shorter ones come again by chance too often: where steps with drafts are dear, each try in vain is felt."""
 
     def __init__(self) -> None:
         self._after: dict[tuple[int, ...], int] = {}
         self._indexed = self._RUN
 
     def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
-        """What followed the last three tokens when they came before."""
+        """What followed the last tokens when they came before."""
         run, after = self._RUN, self._after
         for end in range(self._indexed, len(tokens)):
             after[tuple(tokens[end - run : end])] = end

@@ -189,9 +189,14 @@ def test_both_models_are_closed(make: Callable[..., Harness]) -> None:
 
 def test_lookup_finds_the_last_time_a_run_occurred() -> None:
     lookup = Lookup()
-    assert list(lookup.propose([1, 2, 3, 4, 5, 1, 2, 3], 2)) == [4, 5]
-    assert list(lookup.propose([1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3], 3)) == [9, 1, 2]
-    assert list(lookup.propose([1, 2, 3, 4, 5, 1, 2, 3, 9, 1, 2, 3, 8], 3)) == []
+    run = [1, 2, 3, 4, 5]
+    text = [*run, 6, 7, *run]
+    assert list(lookup.propose(text, 2)) == [6, 7]
+    text += [9, *run]
+    assert list(lookup.propose(text, 3)) == [9, 1, 2]
+    text += [8]
+    assert list(lookup.propose(text, 3)) == []
+    assert list(lookup.propose([*text, *run[1:]], 3)) == []  # too short a run
     assert list(Lookup().propose([1], 3)) == []
 
 
