@@ -150,15 +150,17 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_hostile_header_of_full_size_takes_little_memory(tmp_path, name):
+    """Of a quarter of it, with a quarter of the memory; QWEN2_LOCAL_ALL_POINTS=1 takes the whole one: counting memory makes it slow."""
     kind, one = BOMBS[name]
     path = tmp_path / "model.gguf"
-    count = min((MAX_HEADER - 100) // len(one), 1_000_000 if kind == STRING else MAX_HEADER)
+    part = 1 if os.environ.get("QWEN2_LOCAL_ALL_POINTS") else 4
+    count = min((MAX_HEADER - 100) // len(one), 1_000_000 if kind == STRING else MAX_HEADER) // part
     path.write_bytes(whole([string("k") + struct.pack("<IIQ", ARRAY, kind, count) + one * count], []))
     tracemalloc.start()
     read_gguf(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200e6
+    assert peak < 200e6 / part
 
 
 def test_a_header_without_end_is_refused(tmp_path):
