@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -95,9 +96,10 @@ class LlamaCpp:
 
     def arrange(self, layout: Layout) -> None:
         """Forget all sequences, and lay the KV memory out anew. Raises DoesNotFit, BackendError; the layout is then as before."""
-        self._check_open()
+        if self._model is None:
+            raise _closed()
         before = self._layout
-        if layout == before:
+        if layout == before and self._context is not None:
             self._memory.clear()
             self._lengths = [None] * layout.sequences
             return
@@ -105,7 +107,9 @@ class LlamaCpp:
         try:
             self._make(layout)
         except (DoesNotFit, BackendError):
-            self._make(before)
+            # Where there is no memory for that any more either, nothing can be opened until another `arrange` finds some.
+            with contextlib.suppress(DoesNotFit, BackendError):
+                self._make(before)
             raise
 
     def open(self) -> int:
@@ -393,8 +397,10 @@ class LlamaCpp:
             self._memory.cut(sequence, self._lengths[sequence] or 0)
 
     def _check_open(self) -> None:
+        if self._model is None:
+            raise _closed()
         if self._context is None:
-            raise BackendError("The model is closed.", hint="Load it again.")
+            raise BackendError("There is no memory left for the model's context.", hint="Close other programs, or choose a smaller --context.")
 
     def _check_room(self, after: int) -> None:
         if after > self._layout.context:
@@ -416,6 +422,10 @@ class LlamaCpp:
         if length is None or self._context is None:
             raise BackendError(f"Sequence {sequence} is not open.", hint=_REPORT)
         return length
+
+
+def _closed() -> BackendError:
+    return BackendError("The model is closed.", hint="Load it again.")
 
 
 def _joined(first: RowResult, second: RowResult) -> RowResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from qwen2_local.backends.base import Backend, Chunk, Layout
@@ -48,7 +47,7 @@ class Device:
         self.held = 0
         """Sequences that are open."""
         self.lost = False
-        """Is there a slot that could not be freed?"""
+        """Is there a slot that could not be freed or opened? `reset` then helps, once nobody is on the device."""
         self.exports = True
         """Can KV leave the device? Found out on the first try."""
 
@@ -59,7 +58,11 @@ class Device:
 
     def open(self, tokens: list[int], *, persist: bool = True) -> Held:
         """An empty sequence for these tokens."""
-        number = self.backend.open()
+        try:
+            number = self.backend.open()
+        except Exception:
+            self.lost = True
+            raise
         self.held += 1
         return Held(number, tokens, persist=persist)
 
@@ -143,8 +146,11 @@ class Device:
     def reset(self) -> None:
         """After a failure nothing here is trusted: forget all sequences."""
         self.held, self.lost = 0, False
-        with suppress(Exception):
+        try:
             self.backend.arrange(self.layout)
+        except Exception as error:
+            _log.warning("The device is not ready: %s", error)
+            self.lost = True
 
     def _bring(self, moving: Sequence[Held], parked: Sequence[Parked | None]) -> None:
         self.held = 0

@@ -69,6 +69,8 @@ class Scheduler:
         self._live: list[Work] = []
         self._turns = 0
         self._idle_since = 0.0
+        self._stays = False
+        """Could the layout not be changed back? Not tried again until there was another request."""
         self._stepping: Sequence[_Part] = ()
         self._breakable = False
 
@@ -108,7 +110,7 @@ class Scheduler:
         """What there is to do while nobody asks for anything. Seconds until there is more of it; None: nothing more."""
         if self._prefixes.save_next():
             return 0.0
-        if self.device.layout.sequences == 1 and not self.device.layout.yarn:
+        if self._stays or (self.device.layout.sequences == 1 and not self.device.layout.yarn):
             return None
         if not self._idle_since:
             self._idle_since = time.monotonic()
@@ -116,7 +118,11 @@ class Scheduler:
         if left > 0:
             return left
         self._idle_since = 0.0
-        self._move(self._bounds.single(0), ())
+        try:
+            self._move(self._bounds.single(0), ())
+        except DoesNotFit as error:
+            _log.warning("The layout for several requests stays: %s", error)
+            self._stays = True
         return 0.0
 
     def forget(self, names: frozenset[str]) -> None:
@@ -141,7 +147,7 @@ class Scheduler:
     # Who is on the device
 
     def _admit(self) -> None:
-        self._idle_since = 0.0
+        self._idle_since, self._stays = 0.0, False
         while self._waiting:
             work = self._waiting[0]
             try:

@@ -134,6 +134,22 @@ def test_a_layout_that_cannot_be_had_leaves_the_one_before(one: LlamaCpp, monkey
         np.testing.assert_allclose(fresh(one, TOKENS), expected, atol=CLOSE)
 
 
+def test_when_all_memory_is_gone_for_a_while_it_comes_back_with_it(one: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = one.layout
+    expected = fresh(one, TOKENS)
+    with monkeypatch.context() as patch:
+        patch.setattr(one._lib, "llama_init_from_model", lambda *_: None)
+        with pytest.raises(DoesNotFit):
+            one.arrange(Layout(3, 200))
+        for use in (one.open, lambda: one.step([Row(0, TOKENS)])):
+            with pytest.raises(BackendError, match="no memory"):
+                use()
+        with pytest.raises(DoesNotFit):
+            one.arrange(before)
+    one.arrange(before)
+    np.testing.assert_array_equal(fresh(one, TOKENS), expected)
+
+
 @pytest.mark.parametrize("layout", [Layout(0, 64), Layout(257, 64), Layout(1, 0), Layout(-1, 64), Layout(1, -5)])
 def test_absurd_layouts(one: LlamaCpp, layout: Layout) -> None:
     with pytest.raises(BackendError):

@@ -13,7 +13,7 @@ import pytest
 
 from qwen2_local.backends.base import Layout
 from qwen2_local.engine import Engine, Finished, Prefilled
-from qwen2_local.errors import BackendError, UsageError
+from qwen2_local.errors import BackendError, DoesNotFit, UsageError
 from qwen2_local.kvcache import KvCache
 from tests.support.engines import Harness, cached, end, expected, request, tokens
 from tests.support.scripted import VOCABULARY, Scripted, scrambled
@@ -183,6 +183,60 @@ def test_where_there_is_no_memory_for_several_they_wait(make: Callable[..., Harn
     harness = make(context=1024, kv_memory=100_000, most_tokens=1024)
     replies = together(harness, *(request(*range(number, number + 900), max_tokens=50) for number in range(4)))
     assert [tokens(reply)[-1] for reply in replies] == [number + 949 for number in range(4)]
+
+
+def test_a_layout_that_cannot_be_changed_back_stays_until_the_next_request(make: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2_local.engine.scheduler._LINGER_S", 0.02)
+    harness = make()
+    real, asked = harness.backend.arrange, []
+
+    def arrange(layout: Layout) -> None:
+        asked.append(layout)
+        if layout.sequences == 1:
+            harness.backend.sequences.clear()
+            raise DoesNotFit("Memory is gone.")
+        real(layout)
+
+    monkeypatch.setattr(harness.backend, "arrange", arrange)
+    for _ in range(2):
+        for reply in together(harness, request(1), request(500)):
+            list(reply)
+        time.sleep(0.3)
+        assert [layout.sequences for layout in asked].count(1) == 1
+        asked.clear()
+
+
+def test_a_device_without_memory_is_made_ready_again_when_there_is_some(make: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = make(rule=scrambled)
+    real_arrange, real_open = harness.backend.arrange, harness.backend.open
+    gone = ready = True
+
+    def arrange(layout: Layout) -> None:
+        nonlocal ready
+        ready = not gone
+        if gone:
+            harness.backend.sequences.clear()
+            raise DoesNotFit("Memory is gone, for the layout before as well.")
+        real_arrange(layout)
+
+    def open_() -> int:
+        if not ready:
+            raise BackendError("There is no memory left.")
+        return real_open()
+
+    monkeypatch.setattr(harness.backend, "arrange", arrange)
+    monkeypatch.setattr(harness.backend, "open", open_)
+    with harness.held():
+        replies = [harness.engine.submit(request(1, max_tokens=30))]
+        harness.backend.held.acquire()
+        replies.append(harness.engine.submit(request(2)))  # now that the first one is on the device
+    for reply in replies:
+        with pytest.raises(BackendError, match="no memory"):
+            list(reply)
+    with pytest.raises(BackendError, match="no memory"):
+        harness.run(3)
+    gone = False
+    assert tokens(harness.run(3)) == expected([3], scrambled, most=3)
 
 
 # Fairness
