@@ -123,7 +123,7 @@ class Generation(Work):
         first = self._first or now
         began = self.began or now
         drafted, accepted = (self.speculation.drafted, self.speculation.accepted) if self.speculation else (0, 0)
-        self.mailbox.put(Finished(reason, first - began, now - first, drafted, accepted, chunks))
+        self.mailbox.end(Finished(reason, first - began, now - first, drafted, accepted, chunks))
 
     def _add(self, chosen: Chosen) -> FinishReason | None:
         """One more token. Why it is the last, or the one before was."""

@@ -24,6 +24,11 @@ class Mailbox(Generic[T]):
         self.put, self.take = queue.put, queue.get
         self.cancelled = False
 
+    def end(self, last: T | BaseException) -> None:
+        """Put the last thing that comes: twice, as a Ctrl-C may come just when the reader has taken it and lose it."""
+        self.put(last)
+        self.put(last)
+
 
 class Reply:
     """The events of one request, made by `Engine.submit`. A reply that is forgotten cancels itself. For one reader; `cancel` is for any thread."""

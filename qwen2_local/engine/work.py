@@ -86,4 +86,4 @@ class Work(ABC):
 
     def fail(self, error: BaseException) -> None:
         """Tell its caller what went wrong."""
-        self.mailbox.put(error)
+        self.mailbox.end(error)

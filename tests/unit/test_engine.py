@@ -321,6 +321,25 @@ def test_a_cancel_just_before_a_step_begins_ends_it(harness: Harness, monkeypatc
     assert not harness.backend.held.acquire(blocking=False), "the step was not waited for"
 
 
+def test_a_ctrl_c_that_loses_the_end_does_not_make_the_next_reader_wait_for_ever(harness: Harness) -> None:
+    reply = harness.engine.submit(request(1))
+    mailbox = reply._mailbox
+    real = mailbox.take
+
+    def take() -> Any:
+        event = real()
+        if isinstance(event, Finished):
+            mailbox.take = real
+            raise KeyboardInterrupt
+        return event
+
+    mailbox.take = take
+    with pytest.raises(KeyboardInterrupt):
+        list(reply)
+    reply.cancel()
+    assert end(list(reply)) == "length"
+
+
 # Readers that dawdle or go away
 
 
