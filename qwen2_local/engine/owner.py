@@ -223,7 +223,11 @@ class Engine:
             answer(failure("The model could not be loaded", error))
         else:
             answer(info)
-            self._loop(self._scheduler)
+            try:
+                self._loop(self._scheduler)
+            except BaseException as error:
+                _log.exception("The engine did not end in order.")
+                self._scheduler.abandon(failure("The engine failed", error))
         self._give_back()
 
     def _loop(self, scheduler: Scheduler) -> None:

@@ -144,6 +144,14 @@ class Scheduler:
         self._prefixes.forget()
         self.device.reset()
 
+    def abandon(self, error: Qwen2LocalError) -> None:
+        """Tell all who still wait that nothing comes any more; the device is left alone."""
+        for work in [*self._live, *self._waiting]:
+            work.fail(error)
+            self._ended()
+        self._live.clear()
+        self._waiting.clear()
+
     # Who is on the device
 
     def _admit(self) -> None:

@@ -514,6 +514,19 @@ def test_closing_ends_what_runs_and_what_waits_as_cancelled(make: Callable[..., 
     assert len(harness.backend.steps) == 2
 
 
+def test_a_failure_in_the_end_answers_who_waits_and_gives_back(make: Callable[..., Harness], monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = make(parallel=1)
+    harness.backend.hold_from = 1
+    replies = [harness.engine.submit(request(prompt, max_tokens=None)) for prompt in (1, 500)]
+    harness.backend.held.acquire()
+    monkeypatch.setattr(harness.engine._scheduler, "stop_all", lambda: 1 / 0)
+    harness.engine.close()
+    for reply in replies:
+        with pytest.raises(BackendError, match="The engine failed"):
+            list(reply)
+    assert harness.backend.closed == 1
+
+
 def test_closing_from_many_threads(harness: Harness) -> None:
     harness.backend.hold_from = 0
     reply = harness.engine.generate(request(1))
