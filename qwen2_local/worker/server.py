@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("qwen2_local.worker")
 
-_CLOSE_S = 5.0
-"""How long a worker may take to end in order: replies that stop, KV that is still to be written."""
+_CLOSE_S = 8.5
+"""How long a worker may take to end in order: replies that stop, KV that is still to be written (5 s at most). Its parent waits 10 s."""
 _LOOK_S = 2.0
 _MOST_REQUESTS = 1000
 _READ = 1 << 16
