@@ -145,6 +145,10 @@ class Prefixes:
                 start, chunks = known, []
             chunks.append(hit.chunk)
             known += hit.tokens
+        while chunks and start + sum(chunk.tokens for chunk in chunks) > self._device.layout.context:
+            # The last one, which matches in part, is longer than the place that it would be cut to.
+            chunks.pop()
+            known = start + sum(chunk.tokens for chunk in chunks)
         if known <= held.length:
             return  # Its files were damaged.
         self._device.trim(held, start)

@@ -142,6 +142,17 @@ def test_a_long_prompt_comes_back_piece_by_piece(
     kv.close()
 
 
+def test_where_the_last_chunk_does_not_fit_the_others_are_taken(make: Callable[..., Harness], kv: KvCache) -> None:
+    long = make(kv=kv)
+    long.run(*range(700))
+    long.engine.close()
+    prompt = range(290)
+    short = make(kv=kv, context=300)  # of the second chunk 34 tokens match, and 256 would have to be put in
+    events = short.run(*prompt)
+    assert tokens(events) == expected(prompt, scrambled, most=3)
+    assert cached(events) == 256
+
+
 def test_a_damaged_chunk_is_computed_again(make: Callable[..., Harness], kv: KvCache, tmp_path: Path) -> None:
     harness = make(kv=kv)
     said = chat(harness, 8)
