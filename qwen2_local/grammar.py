@@ -336,12 +336,16 @@ def _text(text: str) -> str:
 
 
 def _checked(schema: object) -> object:
-    """A copy of a schema that holds plain JSON of bounded size. Raises UnsupportedSchema."""
+    """A copy of a schema that holds plain JSON of bounded size. Raises UnsupportedSchema.
+
+    An object with named properties has no others unless the schema speaks of them: a small model would invent keys until the context is full.
+    """
     left = _MOST_NODES
+    joined = False
 
     def copy(value: object, depth: int, data: bool) -> object:
         """data: within `const` and the like, where a key is no keyword."""
-        nonlocal left
+        nonlocal left, joined
         left -= 1
         if left < 0 or depth > _MOST_DEPTH:
             raise UnsupportedSchema("The JSON schema is too large, or nested too deeply.", hint=_SIMPLER)
@@ -351,6 +355,7 @@ def _checked(schema: object) -> object:
             return value
         if isinstance(value, Mapping):
             result = {}
+            joined = joined or (not data and "properties" in value and not _OTHERS.isdisjoint(value))
             for key, inner in value.items():
                 if not isinstance(key, str):
                     raise UnsupportedSchema(f"The JSON schema has a key that is no text: {key!r}.", hint=_FORMS)
@@ -358,6 +363,7 @@ def _checked(schema: object) -> object:
                     continue
                 if not data and key == "anyOf" and isinstance(inner, (list, tuple)):
                     inner = _expressible(inner)
+                joined = joined or (not data and key in _JOINING)
                 result[copy(key, depth, True)] = copy(inner, depth + 1, data or key in ("const", "enum", "default", "examples"))
             return result
         if isinstance(value, (list, tuple)):
@@ -368,7 +374,34 @@ def _checked(schema: object) -> object:
         return {} if schema else {"enum": []}
     if not isinstance(schema, Mapping):
         raise UnsupportedSchema("The JSON schema is neither an object nor true or false.", hint=_FORMS)
-    return copy(schema, 0, False)
+    checked = copy(schema, 0, False)
+    if not joined:
+        _close(checked)
+    return checked
+
+
+_JOINING = frozenset(("allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"))
+"""Where several schemas speak of one object, none of them names all of its properties."""
+
+_OTHERS = frozenset(("anyOf", "oneOf", "$ref"))
+"""The same, beside `properties`."""
+
+
+def _close(schema: object) -> None:
+    """Allow no properties beside the named ones, in a checked schema and those in it."""
+    if isinstance(schema, list):
+        for inner in schema:
+            _close(inner)
+    if not isinstance(schema, dict):
+        return
+    if isinstance(schema.get("properties"), dict) and not schema.keys() & {"additionalProperties", "patternProperties"}:
+        schema["additionalProperties"] = False
+    for key, inner in schema.items():
+        if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(inner, dict):
+            for part in inner.values():
+                _close(part)
+        elif key in ("items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "oneOf", "not"):
+            _close(inner)
 
 
 def _expressible(options: Sequence[object]) -> Sequence[object]:

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 import qwen2_local
 from qwen2_local import files, paths
-from qwen2_local.backends import selftest
+from qwen2_local.backends import llamalib
 from qwen2_local.errors import Qwen2LocalError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _library(cache: Path) -> Path | None:
         return None
     source = Path(__file__).with_name("lanes.c").read_bytes()
     version = _run([str(compiler), "--version"]).stdout
-    parts = [source, repr((compiler, _flags())).encode(), version, selftest.identity().encode()]
+    parts = [source, repr((compiler, _flags())).encode(), version, llamalib.identity().encode()]
     folder = cache / f"lanes-{hashlib.sha256(b''.join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:24]}"
     passed = _recall(folder)
     if passed is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib
 import importlib.util
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen2_local import repair
+from qwen2_local import cpu, repair
 from qwen2_local.errors import BackendUnavailable
 
 _log = logging.getLogger("qwen2_local.llama.cpp")
@@ -60,6 +61,18 @@ def version() -> str:
     """The binding's version, read from its source: importlib.metadata takes 30 ms to say the same."""
     found = re.search(r'__version__ = "([^"]+)"', (folder() / "__init__.py").read_text("utf-8"))
     return found[1] if found else "unknown"
+
+
+def identity() -> str:
+    """A name of this build on this processor: changes whenever either does."""
+    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")  # the binding's own variable
+    place = Path(chosen) if chosen else folder() / "lib"
+    parts = [version(), cpu.name(), *sorted(cpu.features())]
+    with contextlib.suppress(OSError), os.scandir(place) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            status = entry.stat()
+            parts.append(f"{entry.path} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def last_errors() -> str:

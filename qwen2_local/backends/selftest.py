@@ -9,7 +9,6 @@ and then with the CPU's special matrix code, and says after each that it lived; 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen2_local import cpu, paths, repair
+from qwen2_local import paths, repair
 from qwen2_local.backends import llamalib, tinygguf
 from qwen2_local.errors import BackendUnavailable, Qwen2LocalError
 
@@ -68,25 +67,13 @@ def verdict(*, again: bool = False) -> Verdict:
 
     Raises BackendUnavailable if nothing that llama.cpp computes here is right.
     """
-    build = identity()
+    build = llamalib.identity()
     known = None if again else _this_process.get(build) or _recall(build)
     found = known or _test()
     _this_process[build] = found
     if known is None and found.tokens_per_s and (not found.safe or found.fault in _CRASHES):
         _remember(build, found)
     return found
-
-
-def identity() -> str:
-    """A name of this build on this processor: changes whenever either does."""
-    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")  # the binding's own variable
-    folder = Path(chosen) if chosen else llamalib.folder() / "lib"
-    parts = [llamalib.version(), cpu.name(), *sorted(cpu.features())]
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            status = entry.stat()
-            parts.append(f"{entry.path} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _recall(build: str) -> Verdict | None:

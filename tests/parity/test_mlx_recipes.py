@@ -12,11 +12,10 @@ import pytest
 
 from qwen2_converters.convert import convert
 from qwen2_converters.target import Target
-from qwen2_local.backends import mlx as backend
 from qwen2_local.backends.base import Row
 from qwen2_local.formats.checkpoint import open_checkpoint
 from qwen2_local.formats.config import MlxQuantization
-from tests.support import random_qwen2, tiny_checkpoint
+from tests.support import mlx_models, random_qwen2, tiny_checkpoint
 
 mlx_lm = pytest.importorskip("mlx_lm")
 generate = pytest.importorskip("mlx_lm.generate")
@@ -124,7 +123,7 @@ def test_mlx_lm_and_we_say_the_same(target: str, config: str, tmp_path: Path) ->
 
 
 def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
-    loaded = backend.load(folder, context=64)
+    loaded = mlx_models.load(folder, context=64)
     try:
         sequence, fed, said = loaded.open(), prompt, []
         for _ in range(count):
@@ -149,7 +148,7 @@ def test_folders_in_the_other_modes_of_mlx_run_too(config: str, mode: str, tmp_p
     model, _ = mlx_lm.load(str(tmp_path / "theirs"))
     model.set_dtype(mx.float32)
     theirs = np.array(model(mx.array([prompt]))[0, -1].astype(mx.float32))
-    loaded = backend.load(tmp_path / "theirs", context=64)
+    loaded = mlx_models.load(tmp_path / "theirs", context=64)
     try:
         ours = loaded.step([Row(loaded.open(), prompt, logits="last")])[0].logits
     finally:

@@ -40,7 +40,7 @@ def test_it_passes_here_and_is_asked_once(home: Path, monkeypatch: pytest.Monkey
 def test_another_build_is_asked_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_test", lambda: Verdict(safe=True, fault="SIGSEGV", tokens_per_s=1.0))
     assert len(selftest.verdict().notes) == 1
-    monkeypatch.setattr(selftest, "identity", lambda: "another")
+    monkeypatch.setattr(selftest.llamalib, "identity", lambda: "another")
     monkeypatch.setattr(selftest, "_test", lambda: Verdict(safe=False, tokens_per_s=1.0))
     assert not selftest.verdict().safe
     assert json.loads((home / "selftest.json").read_text())["build"] == "another"
