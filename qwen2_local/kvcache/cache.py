@@ -106,7 +106,7 @@ class KvCache:
         self._writer: Writer | None = None
         self._readers: ThreadPoolExecutor | None = None
         if self._disk is not None:
-            self._writer = Writer(self._disk, limit=_WAITING, model=model, tell=tell)
+            self._writer = Writer(self._disk, limit=min(_WAITING, max(memory // 2, 64 << 20)), model=model, tell=tell)
             # At the interpreter's end, too: the thread is a daemon, so that a disk that hangs cannot keep the process.
             weakref.finalize(self, _finish, self._writer, self._process)
 

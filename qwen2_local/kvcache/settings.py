@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 
-from qwen2_local import paths
+from qwen2_local import fit, paths
 from qwen2_local.errors import UsageError
 from qwen2_local.kvcache.cache import MEMORY, KvCache
 
@@ -19,8 +19,13 @@ BUDGET = "QWEN2_LOCAL_KV_BUDGET"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
-def open_default(model: str = "", *, memory: int = MEMORY, tell: Callable[[str], None] = lambda _: None) -> KvCache:
-    """The user's cache, as the environment says. Raises UsageError for values that mean nothing. The arguments are `KvCache`'s."""
+def open_default(model: str = "", *, memory: int | None = None, tell: Callable[[str], None] = lambda _: None) -> KvCache:
+    """The user's cache, as the environment says. Raises UsageError for values that mean nothing. The arguments are `KvCache`'s.
+
+    memory: by default less on a machine that has little, as a model's estimate does not count it (`fit`).
+    """
+    if memory is None:
+        memory = min(MEMORY, fit.machine_memory().available // 32)
     return KvCache(paths.kv() if is_on() else None, budget=budget(), memory=memory, model=model, tell=tell)
 
 

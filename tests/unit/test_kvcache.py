@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from qwen2_local import kvcache
+from qwen2_local import fit, kvcache
 from qwen2_local.backends.base import Chunk
 from qwen2_local.kvcache import KvCache
 from tests.support.kv import PROMPT, data_of, export, known, save
@@ -200,3 +201,11 @@ def test_closed_it_keeps_nothing_more(tmp_path: Path) -> None:
     cache.close()
     cache.save(FP, PROMPT[:10], [(0, 10)], [Chunk(10, b"x")])
     assert cache.sizes().disk == 0
+
+
+def test_a_small_machine_keeps_less_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path))
+    for gigabytes, most in ((4, 125_000_000), (64, 512 << 20)):
+        monkeypatch.setattr(fit, "machine_memory", lambda total=gigabytes * 10**9: fit.Memory(total, total))
+        with closing(kvcache.open_default()) as kv:
+            assert kv._memory._limit == most
