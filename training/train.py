@@ -224,7 +224,7 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=18_000_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=15_500_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.006, help="of Muon, for the matrices")

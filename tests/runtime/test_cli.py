@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -604,6 +605,7 @@ def test_chat_on_a_terminal() -> None:
         terminal.type("/new\n")
         terminal.wait_for("A new conversation.")
         terminal.wait_for("> ")
+        time.sleep(0.2)  # faster than a person: Python misses a Ctrl-C between its prompt and its wait for input
         terminal.type("half a line\x03")
         terminal.wait_for("Ctrl-D leaves")
         terminal.wait_for("> ")

@@ -13,7 +13,7 @@ def test_after_requests_of_all_kinds_everything_is_where_it_began() -> None:
     day = Day(1)
     day.session(15)
     day.session(13, worker=True, kill=True)
-    before = Footing.now()
+    before, chats = Footing.now(), day.chats_left()
     for _ in range(2):
         day.session(25)
     day.session(13, worker=True, kill=True)
@@ -21,5 +21,5 @@ def test_after_requests_of_all_kinds_everything_is_where_it_began() -> None:
     assert not day.wrong
     assert (after.threads, after.files, after.children) == (before.threads, before.files, before.children)
     assert after.strangers <= before.strangers
-    assert day.chats_left() == 0
+    assert day.chats_left() == chats
     assert after.memory - before.memory < 40e6

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -122,7 +123,8 @@ class Terminal:
             data = os.read(self._handle, 65536)
         except OSError:  # Linux's way to say that the other side is closed
             return False
-        self.text += data.decode(errors="replace").replace("\r\n", "\n")
+        # Without what switches bracketed paste on and off.
+        self.text = re.sub("\x1b\\[\\?2004[hl]\r?", "", self.text + data.decode(errors="replace").replace("\r\n", "\n"))
         return bool(data)
 
     def __enter__(self) -> Self:
