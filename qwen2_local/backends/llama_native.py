@@ -33,6 +33,7 @@ def open_model(lib: Any, path: Path, *, safe: bool, cancelled: Callable[[], bool
     """A llama_model. Raises BadFile, UnsupportedModel, DoesNotFit, Cancelled."""
     if not path.is_file():
         raise BadFile(f"{path} is not a file.", hint="Give a GGUF file.")
+    llamalib.take_log(lib)
     params = lib.llama_model_default_params()
     params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
     params.use_extra_bufts = not safe

@@ -42,9 +42,14 @@ def library() -> Any:
         raise BackendUnavailable(f"llama.cpp is not installed ({error}).", hint=f"Run `{repair.reinstall('llama-cpp-python')}`.") from error
     except (OSError, RuntimeError) as error:
         raise BackendUnavailable(f"llama.cpp's library does not load: {error}", hint=f"Build it anew: `{repair.rebuild()}`.") from error
-    lib.llama_log_set(_callback(lib), None)
+    take_log(lib)
     lib.llama_backend_init()
     return lib
+
+
+def take_log(lib: Any) -> None:
+    """Lead the library's log into `logging`: before each load, as the binding's own classes in the same process take it for themselves."""
+    lib.llama_log_set(_callback(lib), None)
 
 
 def folder() -> Path:

@@ -246,9 +246,9 @@ def test_a_pattern_cannot_keep_it_busy(tmp_path: Path) -> None:
     tiny = {name: value[:, :1] if "lora_A" in name else value[:1] for name, value in layer.items()}
     tensors = {f"base_model.model.model.layers.{number}.{name}": value for number in range(1000) for name, value in tiny.items()}
     source = adapter(tmp_path, tensors, alpha_pattern={f"{number}.x": 4 for number in range(30_000)} | {"q_proj": 32})
-    started = time.monotonic()
+    started = time.process_time()
     pairs = open_adapter(source).pairs
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert (pairs["model.layers.999.self_attn.q_proj"].scale, pairs["model.layers.0.self_attn.k_proj"].scale) == (8, 4)
 
 
