@@ -103,7 +103,7 @@ def test_selftest_of_a_backend_that_goes_wrong(monkeypatch: pytest.MonkeyPatch) 
 
     def wrong(model: Any, text: str, **more: Any) -> Any:
         begun.append(text)
-        return begin(model, f"{text} And why?" if begun == ["What is GGUF?"] * 2 else text, **more)
+        return begin(model, "How many layers has the 72B?" if begun == ["What is GGUF?"] * 2 else text, **more)
 
     monkeypatch.setattr(trials, "_begin", wrong)
     monkeypatch.setattr(trials, "PROMPTS", {"one": "What is GGUF?"})
