@@ -147,11 +147,6 @@ class Constraint:
         self._settle()
         return self._matcher.validate_tokens(list(tokens))
 
-    def forced(self) -> list[int]:
-        """Tokens that follow in any case, perhaps none: drafts that are sure to be right."""
-        self._settle()
-        return self._matcher.compute_ff_tokens()
-
     def _look_ahead(self) -> None:
         self._ahead = _helper(os.getpid()).submit(_mask, self._matcher, self.spec)
 

@@ -78,6 +78,8 @@ class Stream:
             except Exception:
                 self._end(None)
                 raise
+            if self.completion is None:  # a Ctrl-C came while the last event was looked at
+                self._end(None)
             raise StopIteration
 
     def cancel(self) -> None:
