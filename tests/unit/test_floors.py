@@ -31,7 +31,7 @@ FLOORS = (
     ("chat", "model"),
     ("cli", "qwen2_tui"),
 )
-LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "mlx", "numpy", "platformdirs", "textual", "tokenizers"}
+LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "mlx", "numpy", "platformdirs", "textual", "tokenizers", "tomlkit"}
 COMPUTING = {"llama_cpp", "mlx"}
 HEAVY = {"llama_cpp", "llguidance", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "httpx2", "torch", "transformers"}
 
