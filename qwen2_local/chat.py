@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Protocol, Self, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self, Unpack, get_args
 
 from qwen2_local import chatml, kvcache, paths
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, deletion, path_to
@@ -37,6 +37,7 @@ after the system message. keep_ends: it still sees the first turn, and the lates
 _SAVE_EVERY_S = 1.0
 _RESERVE = 512
 _HIDDEN = 64
+_ENDLESS = 1 << 62
 
 
 class ChatModel(Protocol):
@@ -163,6 +164,14 @@ class Reply:
             self._chat._keep_chunks(chunks)
 
 
+class _Ids(NamedTuple):
+    """The ids of a message as a turn. text, tokens: of the message as it was, by identity: it may have grown meanwhile."""
+
+    text: str
+    tokens: tuple[int, ...]
+    ids: list[int]
+
+
 class Chat:
     """A conversation. Not saved unless asked for: `save`, or a chat of a store. One reply at a time; use it from one thread, or with care.
 
@@ -190,8 +199,10 @@ class Chat:
         self._behind: dict[int, bool] = {}
         self._moved = False
         self._chunks: list[str] = []
-        self._ids: dict[int, list[int]] = {}
+        self._ids: dict[int, _Ids] = {}
         self._current: Callable[[], Reply | None] = lambda: None
+        # Held while messages and tip change together: a reply is kept by the thread that reads it, and others look meanwhile.
+        self._changing = threading.RLock()
         if system is not None:
             require_text(system, "The system message")
             # It is saved with the first question: who only looks leaves no empty chats.
@@ -217,7 +228,8 @@ class Chat:
     @property
     def messages(self) -> tuple[ChatMessage, ...]:
         """The conversation as it is now, without the alternatives beside it."""
-        return tuple(path_to(self._messages, self._tip))
+        with self._changing:
+            return tuple(path_to(self._messages, self._tip))
 
     @property
     def left_out(self) -> int:
@@ -233,8 +245,41 @@ class Chat:
 
     def branches(self, turn: int) -> tuple[ChatMessage, ...]:
         """The message `turn` and its alternatives, oldest first: other wordings of a question, other replies to the same."""
-        parent = self._at(turn).parent
-        return tuple(one for one in self._messages.values() if one.parent == parent)
+        with self._changing:
+            parent = self._at(turn).parent
+            return tuple(one for one in self._messages.values() if one.parent == parent)
+
+    # In tokens, of `model`. What is not fit to be read yet is tokenized on the first call, which takes a while for a long conversation.
+
+    def count(self, text: str = "") -> int:
+        """How many tokens the model would read if `text` were sent now, the opening of its reply included; "" for the conversation as it is.
+
+        Exact, and by the policy `overflow`; more than the context holds is no error here. Raises InvalidPrompt for lone surrogates.
+        """
+        before, opening = list(self.messages), len(chatml.open_reply(self.model.tokenizer))
+        if text:
+            if before and before[-1].role == "user":  # it makes way, as in `stream`
+                before.pop()
+            before.append(ChatMessage("user", text))
+        return _count(self._seen(before, opening)[0]) + opening
+
+    def room(self) -> int:
+        """How many tokens the context still holds: for the next question and its reply together. Below 0 where it is too full already."""
+        return self.model.longest - self.count()
+
+    def prompt(self, turn: int = -1) -> tuple[int, ...]:
+        """The ids that the model read before it wrote the reply `turn`; for any other message, those of a reply that would be written to it."""
+        *before, message = self._up_to(turn)
+        opening = chatml.open_reply(self.model.tokenizer)
+        turns = self._saw(message, before) if message.role == "assistant" else self._seen([*before, message], len(opening))[0]
+        return (*_joined(turns), *opening)
+
+    def ids(self, turn: int = -1) -> tuple[int, ...]:
+        """All ids up to the end of message `turn`, its closing mark and newline included. Those of a reply begin with `prompt(turn)`."""
+        message, before, tokenizer = self._at(turn), self.prompt(turn), self.model.tokenizer
+        if message.role != "assistant":
+            return before[: -len(chatml.open_reply(tokenizer))]
+        return (*before, *(self._own_ids(message) or tokenizer.encode(message.text)), *chatml.close_reply(tokenizer))
 
     # To write. options: see `options.Options`; those of `stream` and its like take `progress` and `schema`, too.
 
@@ -353,11 +398,15 @@ class Chat:
     # Inside
 
     def _at(self, turn: int) -> ChatMessage:
+        return self._up_to(turn)[-1]
+
+    def _up_to(self, turn: int) -> tuple[ChatMessage, ...]:
+        """The message `turn` behind those before it."""
         messages = self.messages
         if type(turn) is not int or not -len(messages) <= turn < len(messages):
             hint = f"It has {len(messages)}, counted from 0." if messages else "It is empty: `send` begins it."
             raise UsageError(f"The conversation has no message {turn!r}.", hint=hint)
-        return messages[turn]
+        return messages[: turn % len(messages) + 1]
 
     def _asked(self) -> int:
         """The id of the last question."""
@@ -400,22 +449,10 @@ class Chat:
         self._current = weakref.ref(reply)
         return reply
 
-    def _prompt(self, before: list[ChatMessage], opening: list[int], max_tokens: int | None) -> tuple[list[int], int]:
-        """The ids for a reply behind the messages `before`, and how many of these are left out."""
-        system = [self._turn(before.pop(0))] if before and before[0].role == "system" else []
-        if not system and self.model.default_system is not None:
-            system = [chatml.turn(self.model.tokenizer, Message("system", self.model.default_system))]
-        # The model sees whole exchanges: a question and what came of it.
-        exchanges: list[list[list[int]]] = []
-        for message in before:
-            if message.role == "user" or not exchanges:
-                exchanges.append([])
-            exchanges[-1].append(self._turn(message))
-        fixed = _count(system) + len(opening)
-        left_out = 0
-        if self.overflow != "error":
-            exchanges, left_out = _shortened(exchanges, self.overflow, _left_out(before), self._room(max_tokens) - fixed)
-        prompt = [token for turns in (*([system]), *exchanges) for turn in turns for token in turn] + opening
+    def _prompt(self, before: Sequence[ChatMessage], opening: list[int], max_tokens: int | None) -> tuple[list[int], int]:
+        """The ids for a reply behind the messages `before`, and how many of these are left out. Raises ContextOverflow."""
+        turns, left_out = self._seen(before, len(opening), max_tokens)
+        prompt = _joined(turns) + opening
         if len(prompt) >= self.model.longest:
             hint = "Start a new chat, `branch` from an earlier turn, load the model with a larger context, or name a policy: see `Chat.overflow`."
             if self.overflow != "error":
@@ -424,22 +461,50 @@ class Chat:
             raise ContextOverflow(what, hint=hint)
         return prompt, left_out
 
+    def _seen(self, before: Sequence[ChatMessage], opening: int, max_tokens: int | None = None) -> tuple[list[list[int]], int]:
+        """The ids of those of the messages `before` that the model sees when it replies to them, and how many it does not."""
+        system, exchanges = self._exchanges(before)
+        if self.overflow == "error":
+            return _flat(system, exchanges), 0
+        exchanges, left_out = _shortened(exchanges, self.overflow, _left_out(before), self._room(max_tokens) - _count(system) - opening)
+        return _flat(system, exchanges), left_out
+
+    def _saw(self, reply: ChatMessage, before: Sequence[ChatMessage]) -> list[list[int]]:
+        """The ids of those of the messages `before` that the model saw when it wrote `reply`."""
+        system, exchanges = self._exchanges(before)
+        return _flat(system, _shortened(exchanges, self.overflow, reply.left_out, _ENDLESS)[0])
+
+    def _exchanges(self, before: Sequence[ChatMessage]) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """The ids of the system message, if there is one, and of whole exchanges: a question and what came of it."""
+        system: list[list[int]] = []
+        if before and before[0].role == "system":
+            system, before = [self._turn(before[0])], before[1:]
+        elif self.model.default_system is not None:
+            system = [chatml.turn(self.model.tokenizer, Message("system", self.model.default_system))]
+        exchanges: list[list[list[int]]] = []
+        for message in before:
+            if message.role == "user" or not exchanges:
+                exchanges.append([])
+            exchanges[-1].append(self._turn(message))
+        return system, exchanges
+
     def _room(self, max_tokens: int | None) -> int:
         """Tokens for the prompt, where a policy keeps some free for the reply."""
         return self.model.longest - min(max_tokens or _RESERVE, self.model.longest // 2)
 
     def _turn(self, message: ChatMessage) -> list[int]:
         """The ids of a message that is followed by others."""
-        ids = self._ids.get(message.id) if message.id else None
-        if ids is None:
-            tokenizer = self.model.tokenizer
-            own = self._own_ids(message)
-            if own is not None:
-                ids = [*chatml.open_reply(tokenizer), *own, *chatml.close_reply(tokenizer)]
-            else:
-                ids = chatml.turn(tokenizer, Message(message.role, message.text))
-            if message.id:
-                self._ids[message.id] = ids
+        known = self._ids.get(message.id) if message.id else None
+        if known is not None and known.text is message.text and known.tokens is message.tokens:
+            return known.ids
+        tokenizer = self.model.tokenizer
+        own = self._own_ids(message)
+        if own is not None:
+            ids = [*chatml.open_reply(tokenizer), *own, *chatml.close_reply(tokenizer)]
+        else:
+            ids = chatml.turn(tokenizer, Message(message.role, message.text))
+        if message.id:
+            self._ids[message.id] = _Ids(message.text, message.tokens, ids)
         return ids
 
     def _begun(self, reply: ChatMessage) -> ChatMessage:
@@ -471,9 +536,10 @@ class Chat:
         """A message into memory only; numbers below 0 say that no store knows it."""
         self._local -= 1
         message = replace(message, id=self._local)
-        self._messages[message.id] = message
+        with self._changing:
+            self._messages[message.id] = message
+            self._tip = message.id
         self._behind[message.id] = True
-        self._tip = message.id
         return message
 
     def _keep(self, message: ChatMessage, chunks: Sequence[str] = (), *, final: bool) -> ChatMessage:
@@ -481,9 +547,9 @@ class Chat:
         message = replace(message, created=message.created or time.time())
         if message.id:
             # Its question may have got another id meanwhile.
-            message = replace(message, parent=self._messages[message.id].parent)
-            self._messages[message.id] = message
-            self._ids.pop(message.id, None)
+            with self._changing:
+                message = replace(message, parent=self._messages[message.id].parent)
+                self._messages[message.id] = message
         else:
             message = self._put(message)
         self._behind[message.id] = final
@@ -541,11 +607,11 @@ class Chat:
         def new(number: int | None) -> int | None:
             return None if number is None else numbers.get(number, number)
 
-        self._messages = {
-            message.id: message for one in self._messages.values() for message in [replace(one, id=new(one.id) or 0, parent=new(one.parent))]
-        }
-        self._ids = {numbers.get(number, number): ids for number, ids in self._ids.items()}
-        self._tip = new(self._tip)
+        with self._changing:
+            messages = [replace(one, id=new(one.id) or 0, parent=new(one.parent)) for one in self._messages.values()]
+            self._messages = {message.id: message for message in messages}
+            self._ids = {numbers.get(number, number): ids for number, ids in self._ids.items()}
+            self._tip = new(self._tip)
 
 
 def _own_store() -> ChatStore:
@@ -588,6 +654,14 @@ def _left_out(messages: Sequence[ChatMessage]) -> int:
 
 def _count(turns: list[list[int]]) -> int:
     return sum(map(len, turns))
+
+
+def _flat(system: list[list[int]], exchanges: list[list[list[int]]]) -> list[list[int]]:
+    return [*system, *(turn for exchange in exchanges for turn in exchange)]
+
+
+def _joined(turns: list[list[int]]) -> list[int]:
+    return [token for turn in turns for token in turn]
 
 
 def _shortened(exchanges: list[list[list[int]]], policy: Overflow, before: int, room: int) -> tuple[list[list[list[int]]], int]:

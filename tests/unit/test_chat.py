@@ -644,3 +644,103 @@ def test_what_was_wrong_with_ones_own_chats_is_a_warning(tmp_path: Path, monkeyp
     with pytest.warns(UserWarning, match="damaged"):
         number = chat.save()
     assert shown(Chat.load(ScriptedModel(), number)) == ["x", "ok"]
+
+
+# In tokens
+
+
+def test_what_is_counted_is_what_is_read_then() -> None:
+    model = ScriptedModel("one two", "three")
+    chat = Chat(model)
+    for text in ("hello", "and then", "more\n"):
+        counted = chat.count(text)
+        chat.send(text)
+        assert counted == len(model.prompts[-1])
+    assert chat.room() == model.longest - chat.count()
+    assert chat.count() > len(model.prompts[-1]), "the last reply, and the opening of the next"
+
+
+def test_a_question_without_a_reply_makes_way_in_the_count_too() -> None:
+    chat = Chat(ScriptedModel())
+    chat.stream("a first question, long").close()
+    asked = chat.count()
+    assert chat.count("b") == Chat(ScriptedModel()).count("b") < asked
+    assert asked == len(chat.prompt(0))
+
+
+def test_more_than_the_context_is_counted_without_an_error() -> None:
+    model = ScriptedModel(longest=40)
+    chat = Chat(model)
+    assert chat.count("x" * 100) > 40
+    chat.send("x")
+    chat.model = ScriptedModel(longest=5)  # one with a smaller context goes on
+    assert chat.room() < 0
+    assert len(chat.ids()) > 5
+
+
+@pytest.mark.parametrize("overflow", ["drop_oldest", "keep_ends"])
+def test_a_policy_holds_in_the_count_and_afterwards(overflow: chat_module.Overflow) -> None:
+    model = ScriptedModel(*["a reply of some length"] * 12, longest=200)
+    chat = Chat(model, overflow=overflow)
+    for number in range(12):
+        counted = chat.count(f"question {number}")
+        chat.send(f"question {number}")
+        assert counted == len(model.prompts[-1])
+    assert chat.left_out
+    for number in range(12):
+        assert list(chat.prompt(2 * number + 1)) == model.prompts[number]
+
+
+def test_the_ids_of_a_turn() -> None:
+    model = ScriptedModel("one two", "three")
+    chat = Chat(model, system="Be terse.")
+    chat.send("a")
+    chat.send("b")
+    assert [list(chat.prompt(turn)) for turn in (2, 4)] == model.prompts
+    assert chat.prompt(-1) == chat.prompt(4) == chat.prompt(3)
+    for turn in range(4):
+        assert chat.ids(4)[: len(chat.ids(turn))] == chat.ids(turn)
+    assert chat.ids(2)[len(chat.prompt(2)) :] == (*chat.messages[2].tokens, CONTROL["<|im_end|>"], *model.tokenizer.encode("\n"))
+    assert chat.count() == len(chat.ids()) + len(chat.prompt(1)) - len(chat.ids(1))
+    for call in (chat.ids, chat.prompt):
+        with pytest.raises(UsageError, match="no message 5"):
+            call(5)
+
+
+def test_a_reply_whose_ids_are_not_known_begins_behind_its_prompt_too(store: ChatStore) -> None:
+    messages = (ChatMessage("user", "a", 1), ChatMessage("assistant", "\nb", 2, 1))
+    number, _ = store.insert(ChatRecord("", False, False, 0.0, 0.0, 2, messages))
+    chat = Chat.load(ScriptedModel(), number, store)
+    assert chat.ids(1)[: len(chat.prompt(1))] == chat.prompt(1)
+
+
+def test_a_reply_that_has_grown_is_counted_anew() -> None:
+    chat = Chat(ScriptedModel("one", " two three"))
+    chat.send("x")
+    before = chat.count()
+    chat.continue_reply()
+    assert chat.count() - before == len(chat.model.tokenizer.encode(" two three"))
+
+
+def test_another_thread_may_look_while_a_reply_is_kept(store: ChatStore) -> None:
+    over, faults = threading.Event(), list[Exception]()
+
+    def look() -> None:
+        while not over.is_set():
+            try:
+                chat.count("x")
+                chat.branches(0)
+            except UsageError:
+                pass  # it is empty yet
+            except Exception as error:
+                faults.append(error)
+
+    chat = Chat(ScriptedModel(), store=store)
+    thread = threading.Thread(target=look)
+    thread.start()
+    for number in range(20):
+        chat.send(f"question {number}")
+        chat.regenerate()
+    over.set()
+    thread.join()
+    assert faults == []
