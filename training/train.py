@@ -1,7 +1,8 @@
-"""Train the guide: `python training/train.py` rebuilds its tokenizer and weights from `guide/`, in under 90 minutes on 2 CPU cores.
+"""Train the guide: `python training/train.py` rebuilds its tokenizer and weights from `guide/`, in under two hours on 2 CPU cores.
 
 Needs torch, tokenizers and numpy (`training/requirements.txt`); nothing else of the project. Everything random comes from the seed.
-Writes a Hugging Face checkpoint to `qwen2_local/guide/`. An interrupted training goes on where it was, from `training/out/`.
+Writes a Hugging Face checkpoint to `qwen2_local/guide/`. An interrupted training goes on where it was, from `training/out/`; the data
+may have changed since, then it learns the new ones with the tokenizer it began with.
 """
 
 from __future__ import annotations
@@ -222,9 +223,15 @@ def export(model: Qwen2, encoder: Encoder, folder: Path) -> None:
     save_safetensors(folder / "model.safetensors", dict(model.state_dict()))
 
 
+def learned_tokenizer(data: corpus.Corpus, seed: int) -> Tokenizer:
+    """A tokenizer learned from conversations; the guide in place stays whole until the very end."""
+    sampler = corpus.Sampler(data, seed)
+    return learn((text for _ in range(20_000) for turn in sampler.conversation()[1] for text in turn), OUT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=15_500_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=30_000_000, help="tokens to train on")
     parser.add_argument("--batch", type=int, default=4096, help="tokens a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.006, help="of Muon, for the matrices")
@@ -238,9 +245,10 @@ def main() -> None:
 
     data = corpus.load(options.seed)
     OUT.mkdir(exist_ok=True)
-    sampler = corpus.Sampler(data, options.seed + 1)
-    texts = [text for _ in range(20_000) for turn in sampler.conversation()[1] for text in turn]
-    tokenizer = learn(texts, OUT)  # the guide in place stays whole until the very end
+    state = OUT / "state.pt"
+    resuming = options.resume and state.exists()
+    # One learned anew, from data that have changed since, would give the saved weights' tokens other meanings.
+    tokenizer = Tokenizer.from_file(str(OUT / "tokenizer.json")) if resuming else learned_tokenizer(data, options.seed + 1)
     encoder = Encoder(tokenizer, Shape().context)
     batches = Batches(corpus.Sampler(data, options.seed + 2), encoder, options.batch)
 
@@ -260,15 +268,14 @@ def main() -> None:
 
     seen, step, started = 0, 0, time.monotonic()
     quantized = random.Random(options.seed + 3)
-    state = OUT / "state.pt"
-    if options.resume and state.exists():
+    if resuming:
         saved = torch.load(state, weights_only=False)
         model.load_state_dict(saved["model"])
         for optimizer, part in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(part)
         batches.sampler.rng.setstate(saved["rng"])
         quantized.setstate(saved["quantized"])
-        batches.ready, batches.left, seen, step = saved["ready"], saved["left"], saved["seen"], saved["step"]
+        seen, step = saved["seen"], saved["step"]
     averages = [8.0, 8.0]
     copies = step > 0
     while seen < options.tokens:
@@ -282,7 +289,7 @@ def main() -> None:
         drilling = not copies or step % (8 if progress < 0.3 else 16) == 0
         if drilling:
             batch = drill(quantized, options.batch, corpus_tokens)
-        elif progress > 0.6 and step % 25 == 1:
+        elif progress > 0.5 and step % 12 == 1:
             batch = batches.next_long(quantized.choice((1024, 2048, 3072, 4096, 6144, 7400)))
         else:
             batch = batches.next()
@@ -309,7 +316,7 @@ def main() -> None:
         if step % 100 == 0:
             parts = [optimizer.state_dict() for optimizer in optimizers]
             saved = {"model": model.state_dict(), "optimizers": parts, "rng": batches.sampler.rng.getstate(), "quantized": quantized.getstate()}
-            torch.save(saved | {"ready": batches.ready, "left": batches.left, "seen": seen, "step": step}, OUT / "state.tmp")
+            torch.save(saved | {"seen": seen, "step": step}, OUT / "state.tmp")
             (OUT / "state.tmp").replace(state)
     FakeQuant.mode = ""
     with torch.no_grad():
