@@ -7,6 +7,7 @@ deletes those. Knows neither models nor engines: tokens are numbers here.
   records    a message, a chat: plain data
   store      `ChatStore`: everything that is done with them
   schema     the tables; opening, migrating, and what becomes of a damaged or newer file
+  attached   files that are attached to a question
   words      what the search index is told of a text
   deletion   deletes chats together with what models have computed of them
   exchange   chats as Markdown, JSON and OpenAI-style message lists, out and in

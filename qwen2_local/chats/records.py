@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
+from qwen2_local.chats.attached import split
 from qwen2_local.errors import InvalidSampling
 from qwen2_local.sanitize import clean_line
 from qwen2_local.types import FinishReason, Role, Sampling, Usage
@@ -97,8 +98,8 @@ def path_to(messages: Mapping[int, ChatMessage], tip: int | None) -> list[ChatMe
 
 
 def title_of(question: str) -> str:
-    """A title from the first question: its first line, cut between words to at most 60 characters."""
-    line = next((line for line in map(str.strip, clean_line_by_line(question)) if line), "")
+    """A title from the first question: its first line, cut between words to at most 60 characters. Attached files give none."""
+    line = next((line for line in map(str.strip, clean_line_by_line(split(question)[0])) if line), "")
     if len(line) <= _TITLE:
         return line
     head = line[:_TITLE].rpartition(" ")[0]
