@@ -284,6 +284,11 @@ def partial_of(final: Path) -> Path:
     return final.parent / f"{_PARTIAL}{name}"
 
 
+def final_of(folder: Path) -> Path:
+    """What a folder of `partial` is to become. Of names that are too long for one, not the true one."""
+    return folder.with_name(folder.name.removeprefix(_PARTIAL))
+
+
 def used_bytes(folder: Path) -> int:
     """Bytes of disk that the files in `folder` take up; of sparse ones only what is written. 0 if it is not there."""
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

@@ -150,6 +150,12 @@ class Store:
         """Where `resume` keeps what there is of `name` so far; perhaps not there."""
         return files.partial_of(self.place(name)) / _FETCHED
 
+    def drafts(self) -> tuple[str, ...]:
+        """The names of all unfinished models, those that are being made included."""
+        folders = self.folder.glob(files.partial_of(self.folder / "*").name) if self.folder.is_dir() else []
+        names = sorted(files.final_of(folder).name.replace("@", ":") for folder in folders)
+        return tuple(name for name in names if _NAME.fullmatch(name))
+
     def kept(self, name: str) -> int:
         """Bytes that the disk holds of the unfinished model `name`. Raises UsageError for an impossible name."""
         return files.used_bytes(files.partial_of(self.place(name)))

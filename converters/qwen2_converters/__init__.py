@@ -15,7 +15,8 @@ A checkpoint of GPTQ or AWQ: `packed` reads its matrices, `gptq` and `awq` know 
 what. A LoRA adapter: `lora` reads it, `merge` adds it to the weights on their way, `adapters` converts it by itself.
 
 `pull` goes the way from a name to an installed model: `hub` looks and chooses, `pull_plan` says what that means, `here` finds what is on this
-computer already, `gather` brings the files together, `fetching` brings shards while they are converted, and `pull_step` tells how far it is.
+computer already, `gather` brings the files together, `fetching` brings shards while they are converted, and `pull_step` tells how far it is;
+`again` keeps what a stopped one needs to go on.
 `download` is told by `remote` what to fetch; `web` asks, `retry` how often, and `partial` is a file on its way.
 
 The API and the command line call `pull`, `convert` and `install` when they need them; `target` and `plan` are cheap to import. No conversion

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen2_converters import again
 from qwen2_converters.fetching import Fetching, shards_folder
 from qwen2_converters.gather import gather
 from qwen2_converters.hub import local, sources
@@ -83,7 +84,9 @@ def prepare(
         asked, repositories, backend=backend, targets=targets, original=original, size_of=converted_bytes,
         fits=lambda way: fits(way, shape_of(way.repository, asked.model), memory),
     )  # fmt: skip
-    return plan_pull(asked, choice, store, memory, install_as=install_as, discard_source=discard_source)
+    name = str(Path(asked.where).absolute()) if asked.kind == "path" else name
+    order = again.Order(name, tuple(map(str, targets)), original, revision, source, install_as, discard_source)
+    return plan_pull(asked, choice, store, memory, order)
 
 
 def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Manifest, ...]:
@@ -98,6 +101,8 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
     kept = next((model for model in plan.models if model.target is None), None)
     to_make = [model for model in plan.models if model.target is not None and model.state != "current"]
     with plan.store.resume(plan.draft, replace=True) as draft:
+        names = [model.name for model in plan.models]
+        again.remember(draft.folder.parent, plan.order, plan.title, names, plan.way.fetched + plan.way.written)
         if kept is not None and kept.state == "current":
             source = plan.store.get(kept.name).folder
         elif kept is None and plan.way.repository.is_local:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qwen2_converters.again import Order
 from qwen2_converters.download import read_range
 from qwen2_converters.fetching import AHEAD
 from qwen2_converters.here import begun, places
@@ -47,7 +48,7 @@ class PullPlan:
     """What a pull will do. fetch: bytes still to come over the network. here: bytes of the files that are on this computer already.
 
     speed: bytes a second of the last pull, 0 if there was none. disk: bytes to have free. draft: the name under which the store keeps what is
-    unfinished. discard_source: each shard of the original is deleted once it is converted.
+    unfinished. discard_source: each shard of the original is deleted once it is converted. order: what was asked for, to go on with.
     """
 
     title: str
@@ -63,6 +64,7 @@ class PullPlan:
     memory: fit.Memory
     store: Store
     draft: str
+    order: Order
     speed: int = 0
     discard_source: bool = False
 
@@ -100,22 +102,22 @@ class PullPlan:
         return sum(map(self.store.kept, {self.draft, *(model.name for model in self.models)}))
 
 
-def plan_pull(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, *, install_as: str, discard_source: bool) -> PullPlan:
-    """What taking the best way of `choice` means here. install_as, discard_source: as for `pull.prepare`. Raises as that does."""
+def plan_pull(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, order: Order) -> PullPlan:
+    """What taking the best way of `choice` means here. Raises as `pull.prepare` does."""
     way, repository = choice.best, choice.best.repository
     refuse_clashes((file.name for file in way.files), repository.id)
     keys = _peek(way) if way.format == "gguf" and asked.model is None and not repository.config else None
     if keys is not None:
         check_keys(keys, repository.id)
     base = asked.model.name if asked.model else _slug(repository.id)
-    models = tuple(_model(store, way, base, install_as.lower(), target) for target in ([None] if way.label else []) + list(way.targets))
+    models = tuple(_model(store, way, base, order.install_as.lower(), target) for target in ([None] if way.label else []) + list(way.targets))
     draft = models[0].name if models[0].target is None else f"{base}:{ORIGINAL}"
     todo = [model for model in models if model.state != "current"]
     missing = [file for file in way.files if next(places(repository, file, store, draft), None) is None]
     if missing and repository.cached:
         sources.remote(repository, missing[0])  # raises Offline
     fetch = sum(file.size - min(file.size, begun(store.unfinished(draft), file)) for file in missing)
-    discard = discard_source and bool(way.targets) and not way.label and not repository.is_local
+    discard = order.discard_source and bool(way.targets) and not way.label and not repository.is_local
     shards = sorted((file.size for file in way.files if file.name.endswith(".safetensors")), reverse=True)
     # A packed matrix may lie in several shards: then they are needed together.
     held = sum(shards[: AHEAD + 1]) if discard and repository.kind == "original" else fetch
@@ -128,7 +130,7 @@ def plan_pull(asked: Asked, choice: Choice, store: Store, memory: fit.Memory, *,
         title=title, way=way, runner_up=choice.runner_up, models=models, shape=shape_of(repository, asked.model, keys),
         licence=licence_of(repository, asked.model), fetch=fetch if todo else 0, here=way.fetched - sum(file.size for file in missing),
         disk=disk, disk_free=files.free_bytes(store.folder), memory=memory, store=store, draft=draft,
-        speed=last_speed(), discard_source=discard,
+        order=order, speed=last_speed(), discard_source=discard,
     )  # fmt: skip
 
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import time
-from collections import deque
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 
 from qwen2_local import fit
 from qwen2_local.cli import output
+from qwen2_local.cli.meter import Events, Meter
 from qwen2_local.errors import BackendUnavailable, Cancelled, UsageError
 from qwen2_local.sanitize import clean_line
 
 if TYPE_CHECKING:
     from qwen2_converters.hub.choose import Way
     from qwen2_converters.pull_plan import PullPlan
-    from qwen2_converters.pull_step import Step
 
 _SHOWN_FILES = 6
 _INDENT = 11
-_BAR = 20
-_SHORTEST_BAR = 6
-_WINDOW_S = 10.0
-_REDRAW_S = 0.1
 
 
 @click.command()
@@ -38,6 +31,7 @@ _REDRAW_S = 0.1
 @click.option("--name", default="", metavar="NAME", help="What to call it here. Default: as in the catalog, or after the repository.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: the plan, and what is installed then.")
+@click.option("--events", is_flag=True, help="Tell how far it is on stderr, one JSON object a line, for a program that shows it.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--accept-licence", is_flag=True, help="Accept the model's licence, where it has to be accepted.")
 @click.option("--discard-source", is_flag=True, help="With --to: delete each part of the original once it is converted, to need less disk.")
@@ -50,6 +44,7 @@ def pull(
     name: str,
     dry_run: bool,
     as_json: bool,
+    events: bool,
     yes: bool,
     accept_licence: bool,
     discard_source: bool,
@@ -86,7 +81,7 @@ def pull(
         return
     _require_consent(plan, yes=yes, accepted=accept_licence)
     try:
-        with Meter() as meter:
+        with Events() if events else Meter() as meter:
             made = carry_out(plan, progress=meter.step)
     except (KeyboardInterrupt, Cancelled):
         output.note(f"kept {output.gigabytes(plan.kept())}: the same command goes on, `qwen2-local rm {plan.draft}` frees it.")
@@ -222,65 +217,3 @@ def _print_object(plan: PullPlan, status: str) -> None:
         "memory": {"at": {str(context): plan.memory_at(context) for context in contexts}, "total": plan.memory.total, "fits": plan.fits},
         "licence": {"id": plan.licence.id, "url": plan.licence.url, "to_accept": plan.licence_to_accept},
     }))  # fmt: skip
-
-
-# What is shown meanwhile
-
-
-class Meter(output.Status):
-    """Shows the steps of a pull on one line: the file, a bar, bytes, speed and time left. The speed is that of the last seconds.
-
-    While shards are converted as they come, both are on the line.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._samples: dict[str, deque[tuple[float, int]]] = {}
-        self._seen: dict[str, Step] = {}
-        self._drawn = 0.0
-        self._width = shutil.get_terminal_size().columns - 1
-
-    def step(self, step: Step) -> None:
-        """Show how far it is, a few times a second."""
-        at = time.monotonic()
-        text = self.text(step, at)
-        if at - self._drawn >= _REDRAW_S or step.done == step.total:
-            self._drawn = at
-            self.show(text)
-
-    def text(self, step: Step, at: float) -> str:
-        """The line, at the time `at` (seconds)."""
-        if not step.total:
-            return f"{step.phase} {step.name}"
-        self._seen[step.phase] = step
-        fetching, converting = self._seen.get("fetching"), self._seen.get("converting")
-        if fetching and converting and fetching.done < fetching.total:
-            return self._line(fetching, at, f" · converting {converting.done / converting.total:.0%}")
-        return self._line(step, at, "")
-
-    def _line(self, step: Step, at: float, more: str) -> str:
-        share = min(1.0, step.done / step.total)
-        file = f" {step.file_done / step.file_total:.0%}" if step.file_total and step.file_total != step.total else ""
-        doing = "" if step.phase == "fetching" else f"{step.phase} "
-        done = f"  {share:.0%}  {output.gigabytes(step.done)} of {output.gigabytes(step.total)}"
-        speed = self._speed(step, at)
-        if speed > 0:
-            left = int((step.total - step.done) / speed)
-            done += f"  {speed / 1e6:.1f} MB/s  {left // 60}:{left % 60:02d} left"
-        done += more
-        # What does not fit goes: the bar first, then the end of the name.
-        name = f"{doing}{step.name}{file}"
-        length = min(_BAR, self._width - len(name + done) - 2)
-        if length >= _SHORTEST_BAR:
-            full = round(share * length)
-            return f"{name}  {'━' * full}{'─' * (length - full)}{done}"
-        return name[: max(8, self._width - len(done))] + done
-
-    def _speed(self, step: Step, at: float) -> float:
-        """Bytes a second, 0 while that is not known."""
-        samples = self._samples.setdefault(step.phase, deque())
-        samples.append((at, step.done))
-        while len(samples) > 2 and at - samples[0][0] > _WINDOW_S:
-            samples.popleft()
-        began, before = samples[0]
-        return (step.done - before) / (at - began) if at - began > 0.5 else 0.0

@@ -12,6 +12,7 @@ import click
 
 from qwen2_local import store
 from qwen2_local.cli import output
+from qwen2_local.cli.meter import Events
 from qwen2_local.errors import BadFile
 from qwen2_local.manifest import Manifest
 from qwen2_local.sanitize import clean_line
@@ -28,7 +29,8 @@ _WORST = 10
 @click.option("--source", type=click.Path(path_type=Path), help="The checkpoint it was made of. Default: where it was, if it is still there.")
 @click.option("--all", "every", is_flag=True, help=f"Show the error of every tensor, not of the {_WORST} worst.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(model: str, source: Path | None, every: bool, as_json: bool) -> None:
+@click.option("--events", is_flag=True, help="Tell how far it is on stderr, one JSON object a line, for a program that shows it.")
+def verify(model: str, source: Path | None, every: bool, as_json: bool, events: bool) -> None:
     """Check MODEL, a name or a path: its structure; its files, if it is installed; and its error, where the source is at hand.
 
     Reads all of it, and changes nothing. Exits with 3 if anything is wrong.
@@ -38,7 +40,9 @@ def verify(model: str, source: Path | None, every: bool, as_json: bool) -> None:
     path, manifest = _find(model)
     origin = source or _known_source(manifest)
     with output.Status() as status:
-        report = verifying.verify(path, manifest=manifest, source=origin, progress=status.bytes)
+        told = Events()
+        progress = (lambda phase, done, total: told.at(phase, model, done, total)) if events else status.bytes
+        report = verifying.verify(path, manifest=manifest, source=origin, progress=progress)
     if as_json:
         print(json.dumps(_as_json(model, report), allow_nan=False))
     else:

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen2_converters.pull_step import Step
-from qwen2_local.cli.pull import Meter
+from qwen2_local.cli.meter import Meter
 
 
 @pytest.fixture(autouse=True)
