@@ -72,9 +72,10 @@ class ScriptedModel:
         backend: str = "scripted",
         notes: tuple[str, ...] = (),
         pid: int | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.name = name
-        self.tokenizer = guide_tokenizer()
+        self.tokenizer = tokenizer or guide_tokenizer()
         self.info = BackendInfo(backend, "1", "qwen2", longest, self.tokenizer.size, 4, 1024, notes=notes)
         self.notes = notes
         self.default_system: str | None = "You are a helpful assistant."
@@ -85,6 +86,8 @@ class ScriptedModel:
         self.always = always
         self.go = threading.Semaphore(0)
         """Released once for each reply that is held."""
+        self.before: Callable[[int], None] = lambda number: None
+        """Called before each token, with its number."""
         self.prompts: list[list[int]] = []
         self.options: list[Options] = []
         self.forgotten: list[str] = []
@@ -184,6 +187,7 @@ class _Events:
         first = time.perf_counter()
         written: list[int] = []
         for number, token in enumerate(tokens[:room]):
+            model.before(number)
             if number == say.hold:
                 self._held()
             if say.per_s:

@@ -61,6 +61,8 @@ class Terminal:
         os.close(theirs)
         self.raw = bytearray()
         """All bytes that came from the app."""
+        self.came: list[tuple[float, int]] = []
+        """When (`time.monotonic`), and up to which byte of `raw`."""
         self._seen = 0
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
@@ -166,6 +168,7 @@ class Terminal:
                 data = b""
             with self._came:
                 self.raw += data
+                self.came.append((time.monotonic(), len(self.raw)))
                 self._over = not data
                 self._came.notify_all()
             if not data:
