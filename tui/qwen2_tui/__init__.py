@@ -1,5 +1,40 @@
-"""The full-screen terminal app. Planned: nothing is here yet.
+"""The full-screen terminal app. It stands on the public API, drives the model in a process of its own, and is called by the command line.
 
-It will stand on the public API (`qwen2_local`) like any other program, drive the model in a process of its own, and be called by the
-command line alone.
+  app        QwenApp: screens, global keys, palette, themes, notices, quit
+  host       Host: the loaded model; model: what the app needs of one
+  events     what changed in the app, told to all open screens
+  keys       the table of keys: bindings, footer, help and keymap come from it
+  theme      light and dark
+  live       a reply on its way, read by a thread; pace: how often it is shown
+  library    what is done with saved chats; jobs: fetches and verifications, as child processes
+  settings   what a person chose, in a TOML file
+  attach     @path; clipboard: the local one and the terminal's
+  markdown/  text to blocks to lines
+  screens/   one idea each: chat, models, compare, settings, help, prompt, tokens
+  widgets/   what they are made of
+
+Data goes upward in messages, orders downward in method calls. The UI thread never waits: what may take more than 10 ms is in a thread.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def run(
+    model: str | None = None,
+    *,
+    chat: int | None = None,
+    continue_last: bool = False,
+    temporary: bool = False,
+    loads: Mapping[str, Any] | None = None,
+) -> int:
+    """Open the app in this terminal; its exit code.
+
+    model: to open with, by name or path; None for the usual one. chat: a saved one to go on with; continue_last: the last one; temporary: a
+    chat that leaves nothing on the disk. loads: how to load the model, as fields of `model.LoadWish`.
+    """
+    from qwen2_tui.app import Opening, QwenApp
+
+    return QwenApp(opening=Opening(model, chat, continue_last, temporary, dict(loads or {}))).hold()

@@ -1,0 +1,424 @@
+"""The app: one window on a model, its chats and its settings. It joins the parts, and holds what is global: keys, palette, themes, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual.app import App, SystemCommand
+from textual.reactive import reactive
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Input, TextArea
+
+from qwen2_local import paths
+from qwen2_local.chats import ChatStore
+from qwen2_local.errors import Qwen2LocalError
+from qwen2_local.sanitize import clean, clean_line
+from qwen2_tui import keys, logfile
+from qwen2_tui.events import HostChanged, JobChanged, SettingsChanged
+from qwen2_tui.host import Host, HostState
+from qwen2_tui.model import DEFAULT, Loader, LoadWish, load
+from qwen2_tui.screens.chat import ChatScreen
+from qwen2_tui.settings import Settings, SettingsFile
+from qwen2_tui.theme import DARK, LIGHT, OURS, theme_named
+
+if TYPE_CHECKING:
+    from qwen2_tui.jobs import Job, Jobs
+    from qwen2_tui.library import Library
+
+_log = logging.getLogger(__name__)
+_AGAIN_S = 3.0
+_LEAVE_S = 1.5
+_LEAST = (60, 20)
+_HIDDEN_BY_MODALS = {"new", "temporary", "search", "sidebar", "models", "settings", "help", "undo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a person asked for on the command line; see `run`."""
+
+    model: str | None = None
+    chat: int | None = None
+    continue_last: bool = False
+    temporary: bool = False
+    loads: Mapping[str, Any] = field(default_factory=dict)
+
+
+class QwenApp(App[None]):
+    """See the module. Widgets find the parts here: `host`, `store`, `settings`, `settings_file`, `library`, `jobs`."""
+
+    TITLE = "qwen2-local"
+    CSS_PATH = "app.tcss"
+    ENABLE_COMMAND_PALETTE = True
+    COMMAND_PALETTE_BINDING = "ctrl+p"
+    BINDINGS: ClassVar = [
+        keys.bind("app.palette", "command_palette", priority=True),
+        keys.bind("app.help", "help", priority=True),
+        keys.bind("app.new", "new", priority=True),
+        keys.bind("app.temporary", "temporary", priority=True),
+        keys.bind("app.search", "search", priority=True),
+        keys.bind("app.sidebar", "sidebar", priority=True),
+        keys.bind("app.models", "models", priority=True),
+        keys.bind("app.settings", "settings", priority=True),
+        keys.bind("app.undo", "undo"),
+        keys.bind("app.interrupt", "interrupt", priority=True),
+        keys.bind("app.back", "back"),
+        keys.bind("app.quit", "quit", priority=True),
+    ]
+
+    host_state: reactive[HostState] = reactive(HostState("empty", LoadWish()))
+    """How things are with the model: `HostChanged` tells the screens, widgets may watch this."""
+
+    settings: reactive[Settings] = reactive(Settings())
+    """What a person chose. `change_settings` changes it."""
+
+    def __init__(
+        self,
+        *,
+        loader: Loader = load,
+        store: ChatStore | None = None,
+        settings_file: SettingsFile | None = None,
+        opening: Opening | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
+        """All may be left out: then they are the real ones, in this person's folders."""
+        super().__init__()
+        self.opening = opening or Opening()
+        self.settings_file = settings_file or SettingsFile(paths.home() / "settings.toml")
+        self.store = store or ChatStore.open_or_temporary()
+        read, self._notes = self.settings_file.read()
+        self.set_reactive(QwenApp.settings, read)
+        self.host = Host(loader, self._host_changed, self.call_later)
+        self.chat_screen = ChatScreen()
+        self._jobs = jobs
+        self._library: Library | None = None
+        self._interrupted = 0.0
+        self._leaving = False
+        self.crash: BaseException | None = None
+        """What ended the app before its time."""
+        self.register_theme(DARK)
+        self.register_theme(LIGHT)
+        self._take_settings(read)
+
+    # The parts that are made when they are first wanted
+
+    @property
+    def jobs(self) -> Jobs:
+        """Fetches and verifications."""
+        if self._jobs is None:
+            from qwen2_tui.jobs import Jobs
+
+            self._jobs = Jobs()
+        self._jobs.tell = self._job_changed
+        return self._jobs
+
+    @property
+    def library(self) -> Library:
+        """What is done with saved chats."""
+        if self._library is None:
+            from qwen2_tui.library import Library
+
+            self._library = Library(self.store)
+        return self._library
+
+    # Begin
+
+    def get_default_screen(self) -> Screen[Any]:
+        """The chat: everything else is opened from there."""
+        return self.chat_screen
+
+    def on_mount(self) -> None:
+        """Show the chat first; the model loads behind it."""
+        for note in (*self.store.notes, *self._notes):
+            self.tell(note, problem=True)
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                with suppress(NotImplementedError, RuntimeError):
+                    loop.add_signal_handler(number, self._told_to_end)
+        self.call_after_refresh(self._begin)
+
+    def _begin(self) -> None:
+        self.host.load(self.wish())
+
+    def wish(self, name: str | None = None) -> LoadWish:
+        """How to load the model `name`, as settings and command line say; None: the one that they name."""
+        wanted = self.settings.model
+        wish = LoadWish(
+            name or self.opening.model or self._model_of_chat() or wanted.model or DEFAULT, wanted.backend, wanted.context, wanted.kv_bits or 16, wanted.draft
+        )  # fmt: skip
+        known = {one.name for one in fields(LoadWish)}
+        return replace(wish, **{key: value for key, value in self.opening.loads.items() if key in known and value is not None})
+
+    def _model_of_chat(self) -> str | None:
+        """That of the chat with which the app opens."""
+        with suppress(Qwen2LocalError):
+            if self.opening.chat is not None:
+                return self.store.summary(self.opening.chat).model or None
+            if self.opening.continue_last:
+                newest = max(self.store.summaries(), key=lambda one: (one.used, one.id), default=None)
+                return newest.model or None if newest is not None else None
+        return None
+
+    def about_model(self) -> tuple[str, ...]:
+        """Name, quantization and backend of the model, as far as they are known."""
+        name, _, quantization = Path(self.host.state.wish.name).name.partition(":")
+        backend = self.host.model.info.name if self.host.model is not None else self.host.state.wish.backend or ""
+        return tuple(clean_line(part) for part in (name, quantization.upper(), backend) if part)
+
+    # What others call
+
+    def tell(self, text: str, *, problem: bool = False) -> None:
+        """A sentence for the person, beside what is going on."""
+        self.notify(clean(text), severity="warning" if problem else "information", markup=False, timeout=8 if problem else 4)
+
+    def problem(self, error: BaseException) -> None:
+        """What went wrong, and what to do."""
+        if isinstance(error, Qwen2LocalError):
+            self.tell(str(error), problem=True)
+        else:
+            _log.error("%s", error, exc_info=error)
+            self.tell(f"{type(error).__name__}: {error}", problem=True)
+
+    def switch_model(self, wish: LoadWish) -> None:
+        """Load another model; the chat goes on with it."""
+        self.host.load(wish)
+
+    def change_settings(self, settings: Settings) -> None:
+        """Take them, and keep them."""
+        try:
+            self.settings_file.write(settings)
+        except (Qwen2LocalError, OSError) as error:
+            self.problem(error)
+        self.settings = settings
+
+    def open_models(self) -> None:
+        """The models: sizes, installed ones, fetches."""
+        from qwen2_tui.screens.models import ModelsScreen
+
+        self._open(ModelsScreen)
+
+    def open_settings(self) -> None:
+        """The settings."""
+        from qwen2_tui.screens.settings import SettingsScreen
+
+        self._open(SettingsScreen)
+
+    def open_compare(self) -> None:
+        """Two models beside each other."""
+        from qwen2_tui.screens.compare import CompareScreen
+
+        self._open(CompareScreen)
+
+    def open_help(self) -> None:
+        """The keys, and where the documentation lies."""
+        from qwen2_tui.screens.help import HelpScreen
+
+        self._open(HelpScreen)
+
+    def show_chat(self) -> ChatScreen:
+        """Close what is open over the chat."""
+        while len(self.screen_stack) > 1 and self.screen is not self.chat_screen:
+            self.pop_screen()
+        return self.chat_screen
+
+    def _open(self, kind: Callable[[], Screen[Any]]) -> None:
+        if not isinstance(self.screen, kind):  # type: ignore[arg-type]
+            self.push_screen(kind())
+
+    # What changed
+
+    def _host_changed(self, state: HostState) -> None:
+        self.host_state = state
+        for note in state.notes:
+            self.tell(note)
+        for screen in self.screen_stack:
+            screen.post_message(HostChanged(state))
+
+    def _job_changed(self, job: Job) -> None:
+        for screen in self.screen_stack:
+            screen.post_message(JobChanged(job))
+
+    def watch_settings(self, settings: Settings) -> None:
+        """Theme and keys are changed at once; the rest is for whoever is told."""
+        if self.is_running:
+            self._take_settings(settings)
+            for screen in self.screen_stack:
+                screen.post_message(SettingsChanged(settings))
+
+    def _take_settings(self, settings: Settings) -> None:
+        self.theme = theme_named(settings.theme, self.available_themes)
+        keymap, notes = keys.keymap(settings.keys)
+        self.set_keymap(keymap)
+        for note in notes:
+            if self.is_running:
+                self.tell(note, problem=True)
+            else:
+                self._notes = (*self._notes, note)
+
+    def watch_theme(self, theme: str) -> None:
+        """A theme that was chosen in the palette is a setting as well."""
+        if self.is_running and theme_named(self.settings.theme, self.available_themes) != theme:
+            short = {full: name for name, full in OURS.items()}.get(theme, theme)
+            self.change_settings(replace(self.settings, theme=short))
+
+    # Keys
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Below a dialog nothing changes."""
+        return not (action in _HIDDEN_BY_MODALS and isinstance(self.screen, ModalScreen))
+
+    def action_new(self) -> None:
+        """A new chat."""
+        self.show_chat().new_chat()
+
+    def action_temporary(self) -> None:
+        """A new chat that leaves nothing."""
+        self.show_chat().new_chat(temporary=True)
+
+    def action_search(self) -> None:
+        """To the search of the list of chats."""
+        self.show_chat().search()
+
+    def action_sidebar(self) -> None:
+        """Show or hide the list of chats."""
+        self.show_chat().toggle_sidebar()
+
+    def action_undo(self) -> None:
+        """Bring back the chats that were deleted last."""
+        self.show_chat().undo()
+
+    def action_models(self) -> None:
+        """Open the models."""
+        self.open_models()
+
+    def action_settings(self) -> None:
+        """Open the settings."""
+        self.open_settings()
+
+    def action_help(self) -> None:
+        """Open the help."""
+        self.open_help()
+
+    def action_back(self) -> None:
+        """Close what is open, or let the chat go back a step."""
+        if self.screen is self.chat_screen:
+            self.chat_screen.back()
+        elif len(self.screen_stack) > 1:
+            self.pop_screen()
+
+    def action_interrupt(self) -> None:
+        """Copy what is selected; else stop the reply; else quit at the second time."""
+        selected = self._selected()
+        if selected:
+            self.copy_to_clipboard(selected)
+        elif self.chat_screen.stop():
+            self._interrupted = 0.0
+        elif time.monotonic() - self._interrupted < _AGAIN_S:
+            self.run_worker(self.action_quit(), name="quit")
+        else:
+            self._interrupted = time.monotonic()
+            self.tell("Press ctrl+c again to quit.")
+
+    def _selected(self) -> str | None:
+        focused = self.focused
+        if isinstance(focused, (TextArea, Input)) and focused.selected_text:
+            return focused.selected_text
+        return self.screen.get_selected_text()
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """To the terminal's clipboard (OSC 52), and to this machine's own where there is one; says what was done."""
+        text = clean(text)
+        super().copy_to_clipboard(text)
+        from qwen2_tui.clipboard import copied
+
+        threading.Thread(target=lambda: self.call_later(self.tell, copied(text)), name="qwen2-local copies", daemon=True).start()
+
+    # The palette
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """Everything that can be done."""
+        for shown in dict.fromkeys((screen, self.chat_screen)):
+            if shown is not self and hasattr(shown, "commands"):
+                yield from shown.commands()
+        for id, title, act in (
+            ("app.new", "New chat", self.action_new),
+            ("app.temporary", "New temporary chat", self.action_temporary),
+            ("app.search", "Search chats", self.action_search),
+            ("app.sidebar", "Show or hide chats", self.action_sidebar),
+            ("app.undo", "Undo the deletion of chats", self.action_undo),
+            ("app.models", "Models", self.action_models),
+            ("app.settings", "Settings", self.action_settings),
+            ("app.help", "Help", self.action_help),
+        ):
+            yield SystemCommand(title, f"{keys.BY_ID[id].help or keys.BY_ID[id].words} · {self.key_of(id)}", act)
+        yield SystemCommand("Compare two models", "one prompt, side by side", self.open_compare)
+        if self.host.state.phase in ("ready", "failed"):
+            yield SystemCommand("Restart the model", "load it again", lambda: self.host.restart(safe=False))
+            yield SystemCommand("Restart the model in safe mode", "slower, without special matrix code", lambda: self.host.restart(safe=True))
+        for short, full in OURS.items():
+            yield SystemCommand(f"Theme: {short}", "colours", lambda full=full: setattr(self, "theme", full))
+        yield SystemCommand("Theme: choose", "all themes there are", self.action_change_theme)
+        yield SystemCommand("Quit", f"nothing is lost · {self.key_of('app.quit')}", self.action_quit)
+
+    def key_of(self, id: str) -> str:
+        """The keys of a row of the table as they are now, for people."""
+        return keys.shown(self.settings.keys.get(id) or keys.BY_ID[id].keys)
+
+    # The end
+
+    async def action_quit(self) -> None:
+        """Keep everything, let go of the model, and end. Waits for nothing longer than a moment."""
+        if self._leaving:
+            return
+        self._leaving = True
+        leaving = threading.Thread(target=self._leave, name="qwen2-local leaves", daemon=True)
+        leaving.start()
+        until = time.monotonic() + _LEAVE_S
+        while leaving.is_alive() and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        self.exit()
+
+    def _leave(self) -> None:
+        """In a thread. Each part for itself: what fails in one must not cost the others."""
+        parts: list[Callable[[], object]] = [self.chat_screen.leave]
+        if self._jobs is not None:
+            parts.append(self._jobs.close)
+        if self._library is not None:
+            parts.append(self._library.close)
+        for part in (*parts, self.host.close, self.store.close):
+            try:
+                part()
+            except Exception:
+                _log.exception("leaving")
+
+    def _told_to_end(self) -> None:
+        self.run_worker(self.action_quit(), name="quit")
+
+    def _fatal_error(self) -> None:
+        """A person gets the terminal back and one sentence (`hold`), never a screen full of Python."""
+        self._close_messages_no_wait()
+
+    def hold(self) -> int:
+        """Run until the person leaves; the exit code."""
+        logfile.begin()
+        self.run()
+        error = self._exception
+        if error is None:
+            return self.return_code or 0
+        self._leave()
+        _log.critical("the app crashed", exc_info=error)
+        if logfile.debugging():
+            traceback.print_exception(error)
+        print(f"error: the app crashed ({type(error).__name__}). Your chats are kept.\n  {logfile.path()} says more.", file=sys.stderr)
+        return 1

@@ -1,0 +1,1 @@
+"""One screen, one idea. Only the chat is imported when the app starts; the others when they are opened."""
