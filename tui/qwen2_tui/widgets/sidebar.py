@@ -1,0 +1,232 @@
+"""The saved chats beside the conversation: newest first, found by their words as one types. Below 80 columns it is a drawer over it.
+
+It asks the store in threads, and does nothing with chats itself: `arrange` renames and deletes, the chat screen opens.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.message import Message
+from textual.reactive import reactive
+from textual.widgets import Button, Input, Static
+
+from qwen2_local.chats import ChatStore
+from qwen2_local.chats.words import words_of
+from qwen2_local.errors import Qwen2LocalError
+from qwen2_local.sanitize import clean_line
+from qwen2_tui import keys
+from qwen2_tui.widgets.chatlist import ChatList, Row
+from qwen2_tui.widgets.dialogs import Line
+
+NARROW = 80
+"""Below so many columns it is a drawer."""
+
+_FOUND = 100
+_TYPING_S = 0.06
+
+
+class Sidebar(Vertical):
+    """Chats to open.
+
+    shown: beside the conversation, where there is room. drawer: over it, where there is none.
+    """
+
+    DEFAULT_CSS = """
+    Sidebar {
+        width: 30; height: 1fr; border-right: solid $surface-lighten-1; display: none;
+        &.-shown, &.-drawer { display: block; }
+        &.-drawer { overlay: screen; position: absolute; width: 40; max-width: 90%; background: $surface; border-right: outer $primary; }
+        #search { margin: 0 1; background: $boost; }
+        #temporary { display: none; padding: 0 1; color: $text-warning; text-style: italic; }
+        #temporary.-shown { display: block; }
+        #new { height: 1; }
+        #new Button { min-width: 0; background: transparent; color: $text-muted; }
+        #new Button:hover { color: $text; }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        keys.bind("chats.search", "search"),
+        Binding("escape", "leave", show=False),
+    ]
+
+    shown: reactive[bool] = reactive(True)
+    drawer: reactive[bool] = reactive(False)
+    query_text: reactive[str] = reactive("", init=False)
+
+    @dataclass
+    class Opened(Message):
+        """A chat is to be opened, at one of its messages if that was searched for."""
+
+        chat: int
+        message: int | None
+
+    @dataclass
+    class New(Message):
+        """A new chat is wanted; temporary: one that leaves nothing on the disk."""
+
+        temporary: bool
+
+    @dataclass
+    class Left(Message):
+        """The keyboard is to go back to where one writes."""
+
+    def __init__(self, store: ChatStore, *, shown: bool = True, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self._store = store
+        self._narrow = False
+        self.set_reactive(Sidebar.shown, shown)
+
+    def compose(self) -> ComposeResult:
+        """A line to search in, the chats, and two ways to begin."""
+        yield Line(placeholder="/ search", id="search")
+        yield Static("▌ temporary chat: not saved", id="temporary", markup=False)
+        yield ChatList(id="chats")
+        with Horizontal(id="new"):
+            for name, label in (("new-chat", "+ new"), ("new-temporary", "+ temporary")):
+                button = Button(label, id=name, compact=True)
+                button.can_focus = False  # the keyboard has ctrl+n and ctrl+t
+                yield button
+
+    def on_mount(self) -> None:
+        """Fills it, and keeps its times true."""
+        self.screen.screen_layout_refresh_signal.subscribe(self, lambda _: self._fit())
+        self.set_interval(60, self.refresh_chats)
+        self._fit()
+        self._place()
+        self.refresh_chats()
+
+    @property
+    def highlighted(self) -> int | None:
+        """The chat under the cursor."""
+        row = self._list.row
+        return row.chat if row is not None else None
+
+    @property
+    def _list(self) -> ChatList:
+        return self.query_one("#chats", ChatList)
+
+    # What others ask of it
+
+    def refresh_chats(self) -> None:
+        """Looks again at what there is, in the background."""
+        self.run_worker(partial(self._look, self.query_text), thread=True, group="chats", exclusive=True)
+
+    def mark(self, chat: int | None, *, running: bool = False, temporary: bool = False) -> None:
+        """Which chat is open, and whether a reply to it is under way. temporary: it is none of the saved ones."""
+        self._list.opened, self._list.running = chat, running
+        said = self.query_one("#temporary", Static)
+        said.set_class(temporary, "-shown")
+        said.update(f"{'●' if running else '▌'} temporary chat: not saved")
+
+    def focus_search(self) -> None:
+        """To the search, wherever it is."""
+        self._open()
+        self.query_one("#search", Line).focus()
+
+    def focus_list(self) -> None:
+        """To the chats."""
+        self._open()
+        self._list.focus()
+
+    def toggle(self) -> None:
+        """Shows it, or hides it; where there is little room, for as long as it is used."""
+        if self._narrow:
+            self.drawer = not self.drawer
+            if self.drawer:
+                self._list.focus()
+        else:
+            self.shown = not self.shown
+
+    # What it does
+
+    def _open(self) -> None:
+        if self._narrow:
+            self.drawer = True
+        else:
+            self.shown = True
+
+    def _fit(self) -> None:
+        narrow = self.app.size.width < NARROW
+        if narrow != self._narrow:
+            self._narrow = narrow
+            self.drawer = False
+            self._place()
+
+    def watch_shown(self) -> None:
+        """Makes room."""
+        self._place()
+
+    def watch_drawer(self) -> None:
+        """Over the conversation."""
+        self._place()
+
+    def _place(self) -> None:
+        self.set_class(self.drawer, "-drawer")
+        self.set_class(self.shown and not self._narrow, "-shown")
+
+    def _look(self, query: str) -> None:
+        """In a thread: what there is, or what was found."""
+        try:
+            words = words_of(query)
+            if words:
+                hits = self._store.search(query, limit=_FOUND)
+                rows = [Row(one.chat.id, one.chat.title, one.chat.used, one.chat.pinned, one.message, one.excerpt) for one in hits]
+            else:
+                rows = [Row(one.id, one.title, one.used, one.pinned) for one in self._store.summaries()]
+        except Qwen2LocalError as error:
+            self.app.call_from_thread(self._failed, error)
+        else:
+            self.app.call_from_thread(self._show, query, words, rows)
+
+    def _show(self, query: str, words: list[str], rows: list[Row]) -> None:
+        if query == self.query_text:
+            self._list.show(rows, now=time.time(), words=words, empty="Nothing was found." if words else "No chats yet.")
+
+    def _failed(self, error: Qwen2LocalError) -> None:
+        self.notify(clean_line(error.what), severity="warning", markup=False)
+
+    @on(Input.Changed, "#search")
+    def _typed(self, event: Input.Changed) -> None:
+        self.query_text = event.value
+        # A fast typist asks once.
+        self.set_timer(_TYPING_S, lambda: self.refresh_chats() if event.value == self.query_text else None)
+
+    @on(Input.Submitted, "#search")
+    def _entered(self) -> None:
+        self._list.action_choose()
+
+    @on(ChatList.Chosen)
+    def _chosen(self, event: ChatList.Chosen) -> None:
+        self.drawer = False
+        self.post_message(self.Opened(event.row.chat, event.row.message))
+
+    @on(Button.Pressed)
+    def _begin(self, event: Button.Pressed) -> None:
+        event.stop()
+        self.drawer = False
+        self.post_message(self.New(temporary=event.button.id == "new-temporary"))
+
+    def on_key(self, event: object) -> None:
+        """Down leads from the search into what was found."""
+        if getattr(event, "key", "") == "down" and self.query_one("#search").has_focus:
+            self._list.focus()
+
+    def action_search(self) -> None:
+        """Types what to search for."""
+        self.focus_search()
+
+    def action_leave(self) -> None:
+        """First the search goes, then the keyboard."""
+        if self.query_text:
+            self.query_one("#search", Line).value = ""
+        else:
+            self.drawer = False
+            self.post_message(self.Left())
