@@ -30,7 +30,8 @@ TONGYI = Licence("tongyi-qianwen", "Tongyi Qianwen", "https://huggingface.co/Qwe
 class Size:
     """One size. parameters: as announced; weights: counted, embedding and head both where they are two. Sizes of files in bytes.
 
-    context: tokens that Instruct was made for; yarn_context: with YaRN, where that was announced. tensors: of a checkpoint, experts stacked.
+    active: parameters that a token is computed with, 0 for all. context: tokens that Instruct was made for; yarn_context: with YaRN, where
+    that was announced. tensors: of a checkpoint, experts stacked.
     gguf_bytes: by quantization, of what llama.cpp writes (the table of the project's facts, to three digits).
     """
 
@@ -54,6 +55,12 @@ class Size:
     variants: tuple[str, ...] = ("GGUF", "GPTQ-Int4", "GPTQ-Int8", "AWQ", "MLX")
     gguf_bytes: Mapping[str, int] = field(default_factory=dict)
     context: int = 32768
+    active: int = 0
+
+    @property
+    def active_share(self) -> float:
+        """Of the weights, those that are read for a token."""
+        return self.active / self.parameters if self.active else 1.0
 
     @property
     def head_dim(self) -> int:
@@ -126,7 +133,7 @@ SIZES = (
     Size(
         "57b", "57B-A14B", 57_410_000_000, 57_408_658_944, layers=28, hidden=3584, heads=28, kv_heads=4, intermediate=18944, vocabulary=151936,
         tied=False, yarn_context=65536, licence=APACHE, shards=30, tensors=479, repetition_penalty=1.05, variants=("GGUF", "GPTQ-Int4"),
-        gguf_bytes=_gguf(27.5, 34.9, 40.8, 47.1, 61.0),
+        active=14_000_000_000, gguf_bytes=_gguf(27.5, 34.9, 40.8, 47.1, 61.0),
     ),
     Size(
         "72b", "72B", 72_710_000_000, 72_706_203_648, layers=80, hidden=8192, heads=64, kv_heads=8, intermediate=29568, vocabulary=152064, tied=False,

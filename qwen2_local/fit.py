@@ -19,6 +19,9 @@ from qwen2_local.errors import DoesNotFit
 OVERHEAD = 150_000_000
 """Bytes for compute buffers and the program itself."""
 
+SHARE = 0.75
+"""Of the memory, what a model may take to run well beside everything else."""
+
 MLX_WIDENS = sys.platform != "darwin"
 """Where it has no GPU, MLX computes in float32, and keeps weights and KV in it."""
 

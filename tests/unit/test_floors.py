@@ -19,7 +19,7 @@ PACKAGES = {"qwen2_local": ROOT / "qwen2_local", "qwen2_converters": ROOT / "con
 
 # From the ground up: a module may import its own floor and those below. A name stands for all modules under it that have no line of their own.
 FLOORS = (
-    ("qwen2_local", "errors", "types", "files", "paths", "sanitize", "formats", "catalog", "fit", "cpu", "repair", "backends.base"),
+    ("qwen2_local", "errors", "types", "files", "paths", "sanitize", "formats", "catalog", "fit", "advice", "cpu", "repair", "backends.base"),
     ("sampling", "grammar", "vocabulary", "tokens", "detokenize", "chatml", "generation"),
     ("manifest", "store", "kvcache", "chats", "backends.llamalib"),
     ("qwen2_converters",),

@@ -18,9 +18,6 @@ from qwen2_local.formats.checkpoint import expected_tensors, parameters
 _FREE = {"apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "unlicense", "isc"}
 """Licences that ask nothing of who runs a model."""
 
-_SHARE = 0.75
-"""Of the memory, what a model may take to run well beside everything else."""
-
 _SLACK = 16 << 20  # a header with a vocabulary of 152 k tokens, and config files
 
 
@@ -100,7 +97,7 @@ def memory_at(way: Way, shape: Shape, context: int) -> int:
 
 def fits(way: Way, shape: Shape, memory: fit.Memory, context: int = 8192) -> bool:
     """Does it leave this machine some room, at a context of so many tokens?"""
-    return memory_at(way, shape, min(context, shape.context or context)) <= memory.total * _SHARE
+    return memory_at(way, shape, min(context, shape.context or context)) <= memory.total * fit.SHARE
 
 
 def disk_needed(fetch: int, written: int) -> int:
