@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import App, SystemCommand
+from textual.message import Message
 from textual.reactive import reactive
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Input, TextArea
@@ -101,6 +102,8 @@ class QwenApp(App[None]):
         self.host = Host(loader, self._host_changed, self.call_later)
         self.chat_screen = ChatScreen()
         self._jobs = jobs
+        if jobs is not None:
+            jobs.tell = self._job_changed
         self._library: Library | None = None
         self._interrupted = 0.0
         self._leaving = False
@@ -119,7 +122,7 @@ class QwenApp(App[None]):
             from qwen2_tui.jobs import Jobs
 
             self._jobs = Jobs()
-        self._jobs.tell = self._job_changed
+            self._jobs.tell = self._job_changed
         return self._jobs
 
     @property
@@ -154,9 +157,8 @@ class QwenApp(App[None]):
     def wish(self, name: str | None = None) -> LoadWish:
         """How to load the model `name`, as settings and command line say; None: the one that they name."""
         wanted = self.settings.model
-        wish = LoadWish(
-            name or self.opening.model or self._model_of_chat() or wanted.model or DEFAULT, wanted.backend, wanted.context, wanted.kv_bits or 16, wanted.draft
-        )  # fmt: skip
+        name = name or self.opening.model or self._model_of_chat() or wanted.model or DEFAULT
+        wish = LoadWish(name, wanted.backend, wanted.context, wanted.kv_bits or 16, wanted.draft)
         known = {one.name for one in fields(LoadWish)}
         return replace(wish, **{key: value for key, value in self.opening.loads.items() if key in known and value is not None})
 
@@ -242,19 +244,21 @@ class QwenApp(App[None]):
         self.host_state = state
         for note in state.notes:
             self.tell(note)
-        for screen in self.screen_stack:
-            screen.post_message(HostChanged(state))
+        self._tell_screens(lambda: HostChanged(state))
 
     def _job_changed(self, job: Job) -> None:
+        """From a thread of theirs."""
+        self.call_later(self._tell_screens, lambda: JobChanged(job))
+
+    def _tell_screens(self, made: Callable[[], Message]) -> None:
         for screen in self.screen_stack:
-            screen.post_message(JobChanged(job))
+            screen.post_message(made())
 
     def watch_settings(self, settings: Settings) -> None:
         """Theme and keys are changed at once; the rest is for whoever is told."""
         if self.is_running:
             self._take_settings(settings)
-            for screen in self.screen_stack:
-                screen.post_message(SettingsChanged(settings))
+            self._tell_screens(lambda: SettingsChanged(settings))
 
     def _take_settings(self, settings: Settings) -> None:
         self.theme = theme_named(settings.theme, self.available_themes)
@@ -310,7 +314,7 @@ class QwenApp(App[None]):
         """Open the help."""
         self.open_help()
 
-    def action_back(self) -> None:
+    async def action_back(self) -> None:
         """Close what is open, or let the chat go back a step."""
         if self.screen is self.chat_screen:
             self.chat_screen.back()
@@ -349,7 +353,7 @@ class QwenApp(App[None]):
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Everything that can be done."""
         for shown in dict.fromkeys((screen, self.chat_screen)):
-            if shown is not self and hasattr(shown, "commands"):
+            if hasattr(shown, "commands"):
                 yield from shown.commands()
         for id, title, act in (
             ("app.new", "New chat", self.action_new),
