@@ -6,6 +6,9 @@ deletes those. Knows neither models nor engines: tokens are numbers here.
 
   records    a message, a chat: plain data
   store      `ChatStore`: everything that is done with them
+  desk       of that, drafts, options, the trash, what broke off
+  file       of that, the connection and its transactions
+  rows       a row of a table, and what it stands for
   schema     the tables; opening, migrating, and what becomes of a damaged or newer file
   attached   files that are attached to a question
   words      what the search index is told of a text

@@ -45,6 +45,15 @@ MIGRATIONS = (
     CREATE INDEX chunks_by_name ON chunks(name);
     """
     + INDEX,
+    # Version 2: what a person has typed and not sent, how a chat is to be answered, and the trash
+    """
+    ALTER TABLE chats ADD COLUMN draft TEXT NOT NULL DEFAULT '';
+    ALTER TABLE chats ADD COLUMN options TEXT NOT NULL DEFAULT '';  -- an object of JSON
+    ALTER TABLE chats ADD COLUMN trashed REAL;  -- since when; NULL: it is not in the trash
+    CREATE INDEX chats_in_trash ON chats(trashed) WHERE trashed IS NOT NULL;
+    CREATE INDEX questions ON messages(id) WHERE role = 'user';
+    CREATE TABLE unsent (id INTEGER PRIMARY KEY CHECK (id = 0), draft TEXT NOT NULL);  -- of the chat that is not there yet
+    """,
 )
 """The statements that lead from each version of the tables to the next; the version is SQLite's `user_version`."""
 
@@ -254,4 +263,16 @@ def _read_only(path: Path, reason: str) -> Opened:
             # A WAL cannot be read where its index cannot be made; without it, its last turns are missing.
             connection = _connect(path, mode="ro&immutable=1")
             connection.execute("SELECT 1 FROM chats LIMIT 1").fetchone()
+        version = _version(connection, path)
+        if version < len(MIGRATIONS):
+            connection = _migrated_copy(connection, version)
     return Opened(connection, reason, (reason,))
+
+
+def _migrated_copy(connection: sqlite3.Connection, version: int) -> sqlite3.Connection:
+    """In memory: what is older and cannot be written is read with the tables of today as well."""
+    copy = _connect(":memory:")
+    with closing(connection):
+        connection.backup(copy)
+    _migrate(copy, version)
+    return copy

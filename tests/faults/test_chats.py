@@ -148,14 +148,57 @@ def test_an_older_database_is_migrated_after_a_backup(path: Path, monkeypatch: p
     with ChatStore.open(path) as store:
         assert store.notes == ()
         works(store)
-        backup = path.with_name("chats.db.before-2")
+        backup = path.with_name(f"chats.db.before-{len(schema.MIGRATIONS)}")
         assert backup.stat().st_mode & 0o777 == 0o600
         with sqlite3.connect(backup) as db:
-            assert db.execute("PRAGMA user_version").fetchone() == (1,)
+            assert db.execute("PRAGMA user_version").fetchone() == (len(schema.MIGRATIONS) - 1,)
             assert db.execute("SELECT text FROM messages").fetchall() == [("hello 0",)]
         db.close()
         store.delete([1], forget=lambda names: None)
         assert not backup.exists(), "it held the deleted text"
+
+
+@pytest.fixture
+def first_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database as the first version of the program has left it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        with ChatStore.open(path) as store, store._writing() as db:
+            db.execute("INSERT INTO chats(title, named, pinned, created, used, messages, tip) VALUES ('hello', 0, 0, 1, 2, 1, 1)")
+            db.execute("INSERT INTO messages(chat, role, text, state, created, indexed, left_out) VALUES (1, 'user', 'hello', 'whole', 1, 0, 0)")
+    return path
+
+
+def test_chats_of_the_first_version_get_drafts_options_and_a_trash(first_version: Path) -> None:
+    with ChatStore.open(first_version) as store:
+        assert (store.draft(1), store.options(1), store.trashed(), store.last_broken()) == ("", {}, [], 1)
+        assert [hit.chat.id for hit in store.search("hello")] == [1]
+        store.keep_draft(1, "more")
+        works(store)
+        store.trash([1])
+        assert store.trashed() == [1]
+
+
+def test_chats_of_the_first_version_are_read_where_nothing_can_be_written(first_version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen2_local.paths.writable", lambda folder: False)
+    before = first_version.read_bytes()
+    with ChatStore.open(first_version) as store:
+        assert "cannot be written" in store.read_only
+        assert [one.title for one in store.summaries()] == ["hello"]
+        assert store.questions() == ["hello"]
+        assert not store.kept
+    assert first_version.read_bytes() == before
+
+
+def test_the_first_version_reads_what_this_one_has_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(path, 2)
+    monkeypatch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+    with ChatStore.open(path) as store:
+        assert "newer" in store.read_only
+        # Its own words, as its program has them.
+        listed = "SELECT id, title, named, pinned, created, used, model, messages FROM chats ORDER BY pinned DESC, used DESC"
+        assert len(store._connection.execute(listed).fetchall()) == 2
+        assert store._connection.execute("SELECT count(*) FROM words WHERE words MATCH 'hello'").fetchone() == (2,)
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

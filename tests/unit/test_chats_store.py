@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, path_to
+from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, deletion, path_to
+from qwen2_local.chats.attached import Attached, joined
 from qwen2_local.chats.records import load_sampling, title_of
 from qwen2_local.errors import BackendError, InvalidPrompt, UnknownChat, UsageError
+from qwen2_local.kvcache import Disk
 from qwen2_local.types import Sampling, Usage
 
 
@@ -122,7 +124,16 @@ def test_chats_that_are_not_there(store: ChatStore) -> None:
     gone = talk(store, "x")
     delete(store, gone)
     assert talk(store, "y") != gone, "no number is given twice"
-    calls = (store.record, store.summary, store.pin, lambda chat: store.rename(chat, "a"), lambda chat: delete(store, chat))
+    calls = (
+        store.record,
+        store.summary,
+        store.pin,
+        lambda chat: store.rename(chat, "a"),
+        lambda chat: delete(store, chat),
+        store.draft,
+        store.options,
+    )
+    calls += (lambda chat: store.trash([chat]), lambda chat: store.keep_draft(chat, "a"), lambda chat: store.keep_options(chat, {}))
     for call in (*calls, lambda chat: store.add(chat, ChatMessage("user", "a")), lambda chat: store.keep_chunks(chat, ["a"])):
         for number in (gone, -1, 2**64, 10**6):
             with pytest.raises(UnknownChat, match=str(number)):
@@ -231,13 +242,20 @@ def test_nothing_but_a_deletion_looks_at_all_messages(store: ChatStore) -> None:
     store.search("three")
     store.broke_off([chat])
     store.summaries()
+    store.keep_draft(chat, "five")
+    store.keep_options(chat, {"lookup": True})
+    store.last_broken()
+    store.questions()
+    store.trash([chat])
+    store.restore(store.trashed())
     store._connection.set_trace_callback(None)
     plans = []
     for statement in asked:
         if statement.startswith(("SELECT", "UPDATE", "INSERT", "DELETE")) and "fts5" not in statement and "'words'" not in statement:
             plans += [row[3] for row in store._connection.execute(f"EXPLAIN QUERY PLAN {statement}")]
     assert any("SEARCH messages" in plan for plan in plans)
-    assert [plan for plan in plans if ("SCAN messages" in plan and "messages_not_indexed" not in plan) or "SCAN chunks" in plan] == []
+    bounded = ("messages_not_indexed", "INDEX questions")
+    assert [plan for plan in plans if ("SCAN messages" in plan and not any(name in plan for name in bounded)) or "SCAN chunks" in plan] == []
 
 
 # Deletion
@@ -322,6 +340,35 @@ def test_a_chain_of_any_length_can_be_deleted(store: ChatStore) -> None:
     assert store.search("number") == []
 
 
+def test_drafts_options_and_the_trash_are_deleted_too(store: ChatStore, path: Path) -> None:
+    stays = talk(store, "ordinary words stay")
+    store.keep_draft(stays, "an ordinary draft")
+    chat = talk(store, "xylophonequartz")
+    for number in range(50):  # a draft is kept as it is typed
+        store.keep_draft(chat, "marimbaharbour " * number)
+    store.keep_options(chat, {"system": "glockenspielvalley"})
+    store.keep_draft(None, "theremincanyon")
+    store.trash([chat])
+    secrets = [b"xylophone", b"marimba", b"glockenspiel", b"theremin"]
+    before = everything_on_disk(path.parent)
+    assert all(secret in before for secret in secrets), "the test can see what is there"
+    store.keep_draft(None, "")
+    deletion.purge(store, disk=Disk(path.parent / "kv"), chats=[chat])
+    after = everything_on_disk(path.parent)
+    assert [secret for secret in secrets if secret in after] == []
+    assert store.draft(stays) == "an ordinary draft"
+    assert index_terms(path) == {"ordinary", "words", "stay"}
+
+
+def test_a_draft_that_was_taken_back_is_gone_once_the_file_is_closed(path: Path) -> None:
+    with ChatStore.open(path) as store:
+        chat = talk(store, "x")
+        for place in (chat, None):
+            store.keep_draft(place, "xylophonequartz")
+            store.keep_draft(place, "")
+    assert b"xylophone" not in everything_on_disk(path.parent)
+
+
 def test_a_temporary_store_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QWEN2_LOCAL_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -335,6 +382,103 @@ def test_a_temporary_store_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: p
         delete(store, chat)
     assert opened == []
     assert list(tmp_path.iterdir()) == []
+
+
+# Drafts, options, the trash
+
+
+def test_a_draft_is_kept_with_its_chat(store: ChatStore, path: Path) -> None:
+    chat, used = talk(store, "x"), store.summaries()[0].used
+    assert (store.draft(chat), store.draft(None)) == ("", "")
+    store.keep_draft(chat, "half a quest")
+    store.keep_draft(None, "of a new chat\n")
+    store.keep_draft(chat, "half a question \0 汉")
+    with ChatStore.open(path) as other:
+        assert (other.draft(chat), other.draft(None)) == ("half a question \0 汉", "of a new chat\n")
+    assert store.summary(chat).used == used, "typing is no use"
+    store.keep_draft(None, "")
+    assert store.draft(None) == ""
+    with pytest.raises(InvalidPrompt):
+        store.keep_draft(chat, "\udc80")
+
+
+def test_options_are_kept_with_their_chat(store: ChatStore) -> None:
+    chat = talk(store, "x")
+    assert store.options(chat) == {}
+    store.keep_options(chat, {"model": "7b", "chat": {"temperature": 0.5, "seed": None}})
+    assert store.options(chat) == {"model": "7b", "chat": {"temperature": 0.5, "seed": None}}
+    with pytest.raises(UsageError, match="more than"):
+        store.keep_options(chat, {"system": "x" * 100_000})
+    for other in ("", "{", "[1]"):
+        store._connection.execute("UPDATE chats SET options = ?", (other,))
+        assert store.options(chat) == {}
+
+
+def test_what_is_in_the_trash_is_in_no_list_and_may_come_back(store: ChatStore) -> None:
+    stays, first, second = talk(store, "zebra one"), talk(store, "zebra two"), talk(store, "zebra three")
+    store.rename(first, "A zebra's title")
+    store.trash([second, first])
+    assert [one.id for one in store.summaries()] == [stays]
+    assert [hit.chat.id for hit in store.search("zebra")] == [stays]
+    assert store.questions() == ["zebra one"]
+    assert store.last_broken() == stays
+    assert store.trashed() == [first, second]
+    assert texts(store.record(first)) == ["zebra two"], "who has it open goes on"
+    store.restore([first])
+    assert {one.id for one in store.summaries()} == {stays, first}
+    assert [hit.chat.id for hit in store.search("zebra")] == [first, stays]
+    with pytest.raises(UnknownChat):
+        store.trash([stays, 999])
+    assert store.trashed() == [second], "all or none"
+
+
+def test_the_trash_is_emptied_after_a_while_or_by_name(store: ChatStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, fresh, named, stays = (talk(store, text) for text in ("old", "fresh", "named", "stays"))
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    store.trash([old])
+    monkeypatch.setattr("time.time", lambda: 2000.0)
+    store.trash([fresh, named])
+    forgotten: list[str] = []
+    store.keep_chunks(old, ["a"])
+    store.keep_chunks(named, ["b"])
+    store.keep_chunks(stays, ["c"])
+    for chat in (old, named):
+        store.add(chat, ChatMessage("assistant", "a reply", parent=store.record(chat).tip))
+    deletion.purge(store, disk=Disk(path.parent / "kv"), forget=forgotten.extend, chats=[named, stays])
+    assert store.trashed() == [fresh]
+    assert set(forgotten) == {"a", "b"}
+    assert [one.id for one in store.summaries()] == [stays], "only the trash is emptied"
+    for gone in (old, named):
+        with pytest.raises(UnknownChat):
+            store.restore([gone])
+
+
+def test_earlier_questions_come_newest_first_and_once(store: ChatStore) -> None:
+    talk(store, "one", "a reply", "two")
+    talk(store, "one", "a reply", joined("three", [Attached("a.txt", "x" * 100)]))
+    assert store.questions() == ["three", "one", "two"]
+    assert store.questions(limit=2) == ["three", "one"]
+    assert store.questions(limit=0) == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "broken"),
+    [
+        (None, True),
+        (ChatMessage("assistant", "half", state="partial"), True),
+        (ChatMessage("assistant", "half", state="partial", finish_reason="cancelled"), False),
+        (ChatMessage("assistant", "whole", finish_reason="stop"), False),
+    ],
+)
+def test_the_last_chat_may_have_broken_off(store: ChatStore, reply: ChatMessage | None, broken: bool) -> None:
+    assert store.last_broken() is None
+    talk(store, "an older one, without a reply")
+    chat = talk(store, "x")
+    if reply is not None:
+        store.add(chat, replace(reply, parent=store.record(chat).tip))
+    assert store.last_broken() == (chat if broken else None)
+    store.create()
+    assert store.last_broken() is None, "a chat without messages has nothing to go on with"
 
 
 # Files
