@@ -38,6 +38,11 @@ def ctrl(letter: str) -> str:
 _UNKNOWN = re.compile(rb"\x1b\[[<=>][0-9;]*[a-zA-Z]|\x1b\[\?[0-9;]*\$p|\x1b[P_^X][^\x1b]*\x1b\\|\xe2\x80[\x8b-\x8f]|\xef\xb8\x8f")
 
 
+def cleaned(data: bytes) -> bytes:
+    """Without what the emulator does not understand."""
+    return _UNKNOWN.sub(b"", data)
+
+
 class Terminal:
     """Python `source` on a pseudo-terminal of its own, in the project's folder, until the end of the `with` block."""
 
@@ -112,7 +117,7 @@ class Terminal:
         if cut >= 0 and not re.match(rb"\x1b(\[[0-9;?<=>]*[ -/]?[@-~]|[^\[P_^X])", data[cut:]):
             self._seen -= len(data) - cut
             data = data[:cut]
-        self._stream.feed(_UNKNOWN.sub(b"", data))
+        self._stream.feed(cleaned(data))
         return [line.rstrip() for line in self._screen.display]
 
     @property
