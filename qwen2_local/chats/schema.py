@@ -160,6 +160,9 @@ def errors(path: Path | None) -> Iterator[None]:
         raise  # a bug, not a fault
     except sqlite3.DatabaseError as error:
         raise _ours(error, path, where) from error
+    except UnicodeDecodeError as error:
+        # SQLite's own message quotes what it has read, which may be no text where the file is damaged.
+        raise _damaged("its tables cannot be read", path, where) from error
 
 
 def _ours(error: sqlite3.DatabaseError, path: Path | None, where: str) -> Qwen2LocalError:
@@ -167,15 +170,19 @@ def _ours(error: sqlite3.DatabaseError, path: Path | None, where: str) -> Qwen2L
     name = getattr(error, "sqlite_errorname", "")
     free = files.free_bytes(path) if path is not None else 1 << 40
     if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-        if path is not None:
-            with suppress(OSError):
-                _suspicion(path).touch(mode=0o600)
-        return BadFile(f"{where} is damaged ({error}).", hint="It is kept under another name at the next start, and the chats begin anew.")
+        return _damaged(str(error), path, where)
     if name == "SQLITE_FULL" or (name.startswith("SQLITE_IOERR") and free < 1 << 20):
         return DoesNotFit(f"The disk is full at {where}: {free / 1e6:.1f} MB are free.", hint="Free some space: the chat is not saved until then.")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return UsageError(f"{where} is in use by another process.", hint="Try again when that one is done.")
     return UsageError(f"{where} cannot be read or written ({error}).", hint="Check its folder, permissions and disk; QWEN2_LOCAL_HOME names another.")
+
+
+def _damaged(what: str, path: Path | None, where: str) -> BadFile:
+    if path is not None:
+        with suppress(OSError):
+            _suspicion(path).touch(mode=0o600)
+    return BadFile(f"{where} is damaged ({what}).", hint="It is kept under another name at the next start, and the chats begin anew.")
 
 
 def _connect(path: Path | str, *, mode: str = "") -> sqlite3.Connection:
