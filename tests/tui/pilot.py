@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,22 @@ def make_app(
     store: ChatStore | None = None,
     settings_file: Path | None = None,
     jobs: Any = None,
-    **opening: Any,
+    opening: Mapping[str, Any] | None = None,
+    **model_has: Any,
 ) -> Any:
     """A `QwenApp` whose model says `says` (or `model`, or what `loader` loads), with a store and settings in this test's home.
 
-    opening: fields of `Opening`. The parts are then `app.scripted` (the model) and `app.store`.
+    opening: fields of `Opening`. model_has: further options of `ScriptedModel`. The model is then `app.scripted`.
     """
     from qwen2_tui.app import Opening, QwenApp
     from qwen2_tui.settings import SettingsFile
 
-    model = model or ScriptedModel(*says)
+    model = model or ScriptedModel(*says, **model_has)
     app = QwenApp(
         loader=loader or ScriptedLoader(model),
         store=store or ChatStore.open(paths.home() / "chats.db"),
         settings_file=SettingsFile(settings_file or paths.home() / "settings.toml"),
-        opening=Opening(**opening),
+        opening=Opening(**(opening or {})),
         jobs=jobs or ScriptedJobs(),
     )
     app.scripted = model
