@@ -66,6 +66,10 @@ TABLE: tuple[Key, ...] = (
     Key("app.interrupt", "ctrl+c", "copy or stop", "everywhere", "copy what is selected; else stop the reply; else, twice, quit"),
     Key("app.back", "escape", "back", "everywhere", "close what is open; stop the reply and keep it; else back to the message"),
     Key("app.quit", "ctrl+q", "quit", "everywhere", "quit; nothing is lost"),
+    *(
+        Key(f"offer.{number}", f"f{number + 4}", f"choice {number}", "everywhere", f"choice {number} of what is offered above the message")
+        for number in range(1, 5)
+    ),
     Key("write.send", "enter", "send", "writing"),
     Key("write.newline", "ctrl+j,alt+enter,shift+enter", "new line", "writing"),
     Key("write.earlier", "up", "earlier questions", "writing", "earlier questions, in an empty message"),

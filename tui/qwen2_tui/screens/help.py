@@ -35,8 +35,10 @@ class HelpScreen(ModalScreen[None]):
 
     DEFAULT_CSS = """
     HelpScreen { align: center middle; }
-    HelpScreen #help { width: 92; max-width: 100%; height: 100%; padding: 0 2; border: round $primary; background: $surface; border-title-style: bold; }
-    HelpScreen #help { border-title-color: $foreground; border-subtitle-color: $text-muted; scrollbar-size-vertical: 1; }
+    HelpScreen #help {
+        width: 92; max-width: 100%; height: 100%; padding: 0 2; border: round $primary; background: $surface; scrollbar-size-vertical: 1;
+        border-title-style: bold; border-title-color: $foreground; border-subtitle-color: $text-muted;
+    }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,f1,q", "dismiss", "close"),
@@ -89,7 +91,7 @@ def more() -> Iterable[str]:
         yield f"The documentation lies in {clean(str(docs))}: app.md is about this screen, cli.md about the commands."
     else:
         yield "The documentation comes with the source code, in the folder docs: app.md is about this screen, cli.md about the commands."
-    yield "`qwen2-local --help` lists the commands, `qwen2-local doctor` looks at this machine. The guide, a model that is always there, answers questions."
+    yield "`qwen2-local --help` lists the commands, `qwen2-local doctor` looks at this machine. The guide, which is always there, answers questions."
     yield f"Keys and all settings: {clean_line(str(paths.home() / 'settings.toml'))}, section [keys]. The log: {clean_line(str(logfile.path()))}."
 
 

@@ -32,7 +32,11 @@ _OF_OTHERS = (
     "Translate into Chinese: The river is quiet in the morning.",
 )
 _AFTER_FAILURE = (("again", "Try again"), ("guide", "Go on with the guide, which is always there"), ("models", "Choose another model"))
-_AFTER_CRASH = (("again", "Start it again"), ("safe", "Start it in safe mode: slower, without special matrix code"), ("models", "Choose another model"))
+_AFTER_CRASH = (
+    ("again", "Start it again"),
+    ("safe", "Start it in safe mode: slower, without special matrix code"),
+    ("models", "Choose another model"),
+)
 
 
 class Choices(OptionList):
@@ -47,7 +51,11 @@ class Choices(OptionList):
         &:focus > .option-list--option-highlighted { background: $primary 30%; text-style: bold; }
     }
     """
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "take it"), Binding("k", "cursor_up", show=False), Binding("j", "cursor_down", show=False)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select", "take it"),
+        Binding("k", "cursor_up", show=False),
+        Binding("j", "cursor_down", show=False),
+    ]
 
 
 class Welcome(VerticalScroll, can_focus=False):
