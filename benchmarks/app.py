@@ -34,14 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tui"), str(ROOT / "converters")]
 
 from benchmarks.app_parts import KINDS, QUESTION, fill  # noqa: E402
 from tests.support.qwen2_vocabulary import write_real_tokenizer  # noqa: E402
-from tests.tui.terminal import ENTER, Terminal, cleaned, ctrl  # noqa: E402
+from tests.tui.terminal import ENTER, Terminal, cleaned, ctrl, program  # noqa: E402
 
 _PAGE_UP = "\x1b[5~"
-
-
-def app(*arguments: str) -> Terminal:
-    """The program as a person starts it."""
-    return Terminal(f"import sys; sys.argv = {['qwen2-local', 'app', *arguments]!r}\nfrom qwen2_local.cli import main; main()")
 
 
 def part(name: str, *arguments: object) -> Terminal:
@@ -69,7 +64,7 @@ def when(window: Terminal, condition: Callable[[str], bool], since: float = 0.0)
 def first_paint(runs: int) -> dict[str, Any]:
     painted, ready = [], []
     for number in range(runs + 1):
-        with app("guide") as window:
+        with program("app", "guide") as window:
             window.wait_for("ready", "commands", timeout=60)
             if number:  # the first one compiles bytecode and converts the guide
                 painted.append(when(window, lambda text: "qwen2-local" in text and "commands" in text and "send" in text) - window.started)
@@ -128,7 +123,7 @@ def decode(runs: int, tokens: int, folder: Path) -> dict[str, Any]:
 def long(messages: int, pages: int) -> dict[str, Any]:
     fill(messages)
     scrolls = []
-    with app("guide") as window:
+    with program("app", "guide") as window:
         window.wait_for("ready", timeout=60)
         window.type(ctrl("f"))
         window.type("A long")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from textual.app import App
 from textual.pilot import Pilot
+from textual.widgets import TextArea
 
 from qwen2_local import paths
 from qwen2_local.chats import ChatStore
@@ -91,3 +93,22 @@ async def wait_for_text(pilot: Pilot[Any], text: str, timeout: float = 10.0) -> 
 def screen_text(app: App[Any]) -> str:
     """What the screen shows now, as text, without the spaces at the ends of lines."""
     return "\n".join(strip.text.rstrip() for strip in app.screen._compositor.render_strips())
+
+
+@asynccontextmanager
+async def running(app: Any, *, size: tuple[int, int] = (100, 30)) -> AsyncIterator[Pilot[Any]]:
+    """The app, its model loaded, until the end of the block; then it has quit as a person quits."""
+    async with app.run_test(size=size) as pilot:
+        await wait_until(pilot, lambda: app.host.state.phase in ("ready", "failed"))
+        yield pilot
+        if app.is_running:
+            await pilot.press("ctrl+q")
+            await wait_until(pilot, lambda: not app.is_running)
+
+
+async def ask(pilot: Pilot[Any], text: str) -> None:
+    """Writes a question and sends it; key by key would take long."""
+    composer = pilot.app.focused
+    assert isinstance(composer, TextArea), f"the keyboard is with {composer}"
+    composer.insert(text)
+    await pilot.press("enter")

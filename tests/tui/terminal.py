@@ -1,4 +1,7 @@
-"""A real terminal for the app: a pseudo-terminal that it runs in, and an emulator that says what a person would see there."""
+"""A real terminal for the app: a pseudo-terminal that it runs in, and an emulator that says what a person would see there.
+
+Emulation is pyte's; reading, waiting and the app's ends are here.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pyte
 
@@ -181,3 +184,42 @@ class Terminal:
 
     def _sized(self, columns: int, rows: int) -> None:
         fcntl.ioctl(self._handle, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def scripted(arguments: str, **more: Any) -> Terminal:
+    """The app with scripted parts: `arguments` are those of `pilot.make_app`, as Python."""
+    return Terminal(f"from tests.tui.pilot import *\nfrom tests.tui.scripted import *\nraise SystemExit(make_app({arguments}).hold())", **more)
+
+
+def endless(opening: str = "", **more: Any) -> Terminal:
+    """The app with the real guide in a worker, whose replies go on and on."""
+    source = "from qwen2_tui.app import Opening, QwenApp\nfrom tests.tui.endless import load\n"
+    return Terminal(f"{source}raise SystemExit(QwenApp(loader=load, opening=Opening({opening})).hold())", **more)
+
+
+def program(*arguments: str, **more: Any) -> Terminal:
+    """`qwen2-local ARGUMENTS`, as a person starts it."""
+    return Terminal(f"import sys\nsys.argv = {['qwen2-local', *arguments]!r}\nfrom qwen2_local.cli import main\nmain()", **more)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started, and theirs."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    own = [child for child, parent in pairs if parent == pid]
+    return [*own, *(one for child in own for one in children(child))]
+
+
+def gone(pids: list[int], timeout: float = 15) -> bool:
+    """Have they all ended, soon? One that nobody has asked after (a zombie) has."""
+    until = time.monotonic() + timeout
+    while any(map(_alive, pids)):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _alive(pid: int) -> bool:
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return done.stdout.strip()[:1] not in ("", "Z")
