@@ -67,6 +67,7 @@ class _Wish:
     force: bool = False
     parallel: int = 8
     beside: int = 0
+    safe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +105,14 @@ def open_model(
     parallel: int = 8,
     force: bool = False,
     beside: int = 0,
+    safe: bool = False,
 ) -> Opened:
     """Find, check and, on the first use of a Hugging Face folder, convert a model.
 
     context: the most tokens of prompt and reply together; None for what the model and the memory allow, which begins with 8,192 at most.
     adapter: a LoRA to put on it: PEFT's folder, or one of the backend's own format. kv_bits: 16, or 8. kv_cache: keep KV on the disk.
     parallel: how many requests at once to have memory for, if there is as much. force: also where it will not fit. beside: bytes of memory
-    that something else, not loaded yet, will take.
+    that something else, not loaded yet, will take. safe: without llama.cpp's code for special processors.
     Raises UnknownModel, BadFile, UnsupportedModel, BackendUnavailable, DoesNotFit, UsageError.
     """
     if context is not None and context < 1:
@@ -122,7 +124,7 @@ def open_model(
     if parallel < 1:
         raise UsageError(f"{parallel} requests at once are none.", hint="Give 1 or more.")
     ref = resolve(name)
-    wish = _Wish(context, None if adapter is None else Path(adapter).expanduser(), kv_bits, force, parallel, beside)
+    wish = _Wish(context, None if adapter is None else Path(adapter).expanduser(), kv_bits, force, parallel, beside, safe)
     if ref.format == "hf":
         opened = _open_converted(ref, wish, backend, report)
     else:
@@ -298,6 +300,7 @@ def _plan(
         yarn_context=room.yarn_context,
         yarn_factor=shape.stretched / shape.native if room.yarn_context else 0.0,
         yarn_original=shape.native,
+        safe=wish.safe,
     )
     return backends.Plan(backend, path, Layout(1, room.begin), options, (*weights, *(adapter.files if adapter else ())))
 

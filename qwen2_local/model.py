@@ -47,6 +47,8 @@ class _Engine(Protocol):
 
     def score(self, tokens: Sequence[int], limit: int) -> Scores: ...
 
+    def known(self, prompt: Sequence[int]) -> int: ...
+
     def forget(self, chunks: Iterable[str]) -> None: ...
 
     def close(self) -> None: ...
@@ -69,6 +71,7 @@ class Qwen2:
         worker: bool = False,
         idle_s: float | None = None,
         force: bool = False,
+        safe: bool = False,
         report: Report | None = None,
         pull: bool = False,
     ) -> None:
@@ -78,9 +81,9 @@ class Qwen2:
         by default what the model and the memory allow. draft: a smaller model with the same vocabulary, whose guesses this one checks: the
         same replies, faster. adapter: a LoRA to put on it. kv_bits: keep keys and values in 16 or 8 bits. kv_cache: also on the disk.
         parallel: requests computed at once. worker: run the model in a process of its own, so that its crash is an error here; idle_s: give
-        that one's memory back after so many seconds without a request. force: load it also where it will not fit. report: told of the
-        progress of a conversion, on the first use of a Hugging Face folder, and of a fetch. pull: fetch and install a model that is not
-        here; without it, no network is touched.
+        that one's memory back after so many seconds without a request. force: load it also where it will not fit. safe: let llama.cpp compute
+        without its code for special processors: slower, for where that crashes. report: told of the progress of a conversion, on the first use
+        of a Hugging Face folder, and of a fetch. pull: fetch and install a model that is not here; without it, no network is touched.
         Raises UnknownModel, BadFile, BackendUnavailable, DoesNotFit; with `pull` also FetchFailed, and UsageError for a licence to accept.
         """
         # Late, as they bring what only a loaded model needs.
@@ -94,10 +97,10 @@ class Qwen2:
         if pull:
             name = installed_or_pulled(name, backend=backend, report=report)
         self.name = name
-        smaller = None if draft is None else open_model(_named(draft), report=report, kv_cache=False, parallel=1)
+        smaller = None if draft is None else open_model(_named(draft), report=report, kv_cache=False, parallel=1, safe=safe)
         opened = open_model(
             name, backend=backend, context=context, report=report, adapter=adapter, kv_bits=kv_bits, kv_cache=kv_cache, parallel=parallel,
-            force=force, beside=smaller.memory if smaller else 0,
+            force=force, safe=safe, beside=smaller.memory if smaller else 0,
         )  # fmt: skip
         if smaller is not None and smaller.tokenizer.identity != opened.tokenizer.identity:
             raise UsageError(f"{draft} cannot draft for {name}: their vocabularies differ.", hint="Take a smaller model of the same family.")
@@ -109,10 +112,12 @@ class Qwen2:
         self._opened: Opened = opened
         self._grammars: dict[str, Grammar] = {}
         self._engine: _Engine
+        self._worker_pid: Callable[[], int | None] = lambda: None
         if worker:
             from qwen2_local.worker.client import RemoteEngine
 
-            self._engine = RemoteEngine(setup, idle_s=idle_s)
+            remote = RemoteEngine(setup, idle_s=idle_s)
+            self._engine, self._worker_pid = remote, lambda: remote.pid
         else:
             self._engine = LocalEngine(setup)
         # Also when it is forgotten, or the program ends: native code must not be at work while the interpreter goes down.
@@ -122,6 +127,11 @@ class Qwen2:
     def info(self) -> BackendInfo:
         """What was loaded, and by which backend."""
         return self._engine.info
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of its worker; None without one, and while that is not running."""
+        return self._worker_pid()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -217,7 +227,7 @@ class Qwen2:
 
         Raises InvalidPrompt for a text of a single token.
         """
-        return self._score(self._plain(text), 1)
+        return self.score_ids(self._plain(text), 1)
 
     def loglikelihood(self, context: str, continuation: str) -> Score:
         """How likely `continuation` is behind `context`, as evaluations ask; only its tokens count. The two are tokenized apart."""
@@ -225,7 +235,26 @@ class Qwen2:
         behind = self.tokenizer.encode(continuation)
         if not behind:
             raise InvalidPrompt("There is nothing to score: the continuation is empty.", hint="Give some text.")
-        return self._score([*before, *behind], len(before))
+        return self.score_ids([*before, *behind], len(before))
+
+    def score_ids(self, tokens: Sequence[int], first: int) -> Score:
+        """The same of token ids: how likely those from number `first` on are, each behind all before it. first: at least 1.
+
+        Raises InvalidPrompt where that leaves none.
+        """
+        if not 1 <= first < len(tokens):
+            what = f"the tokens from {first} on, of {len(tokens)}" if len(tokens) > 1 else "the text is a single token"
+            raise InvalidPrompt(f"There is nothing to score: {what}.", hint="Give a longer text.")
+        scores = self._engine.score(tokens, self._limit)
+        part = slice(first - 1, None)
+        return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs[part])), bool(scores.greedy[part].all()))
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many leading tokens of a prompt would not be computed if it came now: their KV is on the device, in RAM or on the disk.
+
+        Asking changes nothing.
+        """
+        return self._engine.known(prompt)
 
     def chat(self, system: str | None = None, **options: Any) -> Chat:
         """A conversation that remembers: see `Chat`. It is kept in memory; `save` puts it among the saved ones."""
@@ -336,14 +365,6 @@ class Qwen2:
                 self._grammars.clear()
             self._grammars[key] = known
         return known
-
-    def _score(self, tokens: Sequence[int], first: int) -> Score:
-        """Of the tokens from `first` on."""
-        if len(tokens) < 2:
-            raise InvalidPrompt("There is nothing to score: the text is a single token.", hint="Give a longer text.")
-        scores = self._engine.score(tokens, self._limit)
-        part = slice(first - 1, None)
-        return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs[part])), bool(scores.greedy[part].all()))
 
 
 def _named(name: str | Path) -> str:

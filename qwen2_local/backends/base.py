@@ -56,7 +56,7 @@ class LoadOptions:
     identity: a hash of the weights, for the fingerprint. adapter: a LoRA of the backend's own format; adapter_identity: its hash.
     context, yarn_context: the longest that a layout will ever be, without YaRN and with it (0: never with it); for `BackendInfo`.
     yarn_factor, yarn_original: what `Layout.yarn` switches on. A model whose own files say YaRN is always stretched, and has yarn_context 0.
-    kv_bits: 16, or 8 for a KV of half the size and a little noise.
+    kv_bits: 16, or 8 for a KV of half the size and a little noise. safe: without code for special processors, where a library has any.
     """
 
     identity: str
@@ -67,6 +67,7 @@ class LoadOptions:
     yarn_context: int = 0
     yarn_factor: float = 0.0
     yarn_original: int = 32768
+    safe: bool = False
 
 
 _NONE = np.empty(0, np.int32)

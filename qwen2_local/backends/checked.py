@@ -12,8 +12,11 @@ from qwen2_local.backends import selftest
 from qwen2_local.backends.base import Layout, LoadOptions
 from qwen2_local.backends.llamacpp import LlamaCpp
 
+_ASKED_FOR = "llama.cpp runs in safe mode, without its fast matrix code: slower."
+
 
 def load(path: Path, *, layout: Layout, options: LoadOptions, cancelled: Callable[[], bool] | None = None) -> LlamaCpp:
-    """Load a GGUF file, in safe mode if the library failed its self-test on this machine. Raises as `LlamaCpp.load` does."""
+    """Load a GGUF file, in safe mode if that is asked for or the library failed its self-test on this machine. Raises as `LlamaCpp.load` does."""
     verdict = selftest.verdict()
-    return LlamaCpp.load(path, layout=layout, options=options, safe=verdict.safe, notes=verdict.notes, cancelled=cancelled)
+    notes = verdict.notes or ((_ASKED_FOR,) if options.safe else ())
+    return LlamaCpp.load(path, layout=layout, options=options, safe=verdict.safe or options.safe, notes=notes, cancelled=cancelled)

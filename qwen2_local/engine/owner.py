@@ -133,6 +133,28 @@ class Engine:
             raise result
         return result
 
+    def known(self, prompt: Sequence[int]) -> int:
+        """How many leading tokens of a prompt would not be computed if it came now, as their KV is kept: on the device, in RAM or on the disk.
+
+        Nothing changes by that. A file that turns out damaged is computed all the same. Raises as `forget` does.
+        """
+        self._require_own_process()
+        info, last = self.info, max(0, len(prompt) - 1)  # the last token always is
+        yarn = len(prompt) + 1 > info.context < info.yarn_context
+        known: SimpleQueue[int] = SimpleQueue()
+
+        def look() -> None:
+            found = 0
+            try:
+                found = self._scheduler.known(prompt[:last], yarn=yarn)
+            except Exception:
+                _log.exception("What is known of a prompt cannot be told.")
+            finally:
+                known.put(found)
+
+        self._put(look)
+        return known.get()
+
     def forget(self, chunks: Iterable[str]) -> None:
         """Delete KV, by the names that `Finished` gave, from the KV cache and the device; returns when it is gone.
 

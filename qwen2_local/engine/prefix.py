@@ -41,6 +41,13 @@ class Prefixes:
             self._begin(work, [other.sequence for other in live])
         self._device.trim(work.sequence, work.reusable)
 
+    def known(self, tokens: Sequence[int], live: Iterable[Work]) -> int:
+        """How many of the first `tokens` `place` would not compute now. Changes nothing."""
+        _, alike = _most_alike(tokens, [*(work.sequence for work in live), *self._residents])
+        if self._kv is None or not self._device.exports:
+            return alike
+        return max(alike, self._kv.known(self._device.backend.fingerprint, tokens))
+
     def keep(self, held: Held) -> None:
         """The request of this sequence is over; it stays until its slot is needed."""
         if held.length:

@@ -125,6 +125,10 @@ class Scheduler:
             self._stays = True
         return 0.0
 
+    def known(self, tokens: Sequence[int], *, yarn: bool) -> int:
+        """How many of the first `tokens` need not be computed now; 0 where positions are stretched otherwise than they would have to be."""
+        return self._prefixes.known(tokens, self._live) if yarn == self.device.layout.yarn else 0
+
     def forget(self, names: frozenset[str]) -> None:
         """Let the sequences of past requests go that would be kept under any of these names."""
         self._prefixes.forget_named(names)

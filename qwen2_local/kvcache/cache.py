@@ -118,21 +118,17 @@ class KvCache:
         if start % CHUNK:
             raise ValueError(f"{start} is not on a chunk's border")
         links = [] if self._is_out() else chain.links(fingerprint, tokens)
-        known: list[_Known] = []
-        for link in links[start // CHUNK :]:
-            with self._lock:
-                data = self._memory.get(link.name)
-            if data is not None or (self._disk is not None and self._disk.has(link)):
-                known.append(_Known(link, data, link.count))
-                continue
-            known += self._closest(link)
-            break
+        known = self._known(links[start // CHUNK :])
         path = [*links[: start // CHUNK], *(one.link for one in known)]
         with self._lock:
             self._memory.use(path)
         if known and self._writer is not None:
             self._writer.use(path)
         return Found(start, known, self._read)
+
+    def known(self, fingerprint: str, tokens: Sequence[int]) -> int:
+        """How many of the first `tokens` `find` would find now; nothing counts as used by that."""
+        return 0 if self._is_out() else sum(one.tokens for one in self._known(chain.links(fingerprint, tokens)))
 
     def missing(self, fingerprint: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
         """The ranges of `tokens` (whole chunks, and the tail) that are neither in RAM nor on disk: what has to be exported for `save`."""
@@ -223,6 +219,19 @@ class KvCache:
             readers.shutdown(wait=False)
         if self._writer is not None:
             self._writer.close(timeout)
+
+    def _known(self, links: Sequence[Link]) -> list[_Known]:
+        """The first of these links that are kept, and what of the next one is."""
+        known: list[_Known] = []
+        for link in links:
+            with self._lock:
+                data = self._memory.get(link.name)
+            if data is not None or (self._disk is not None and self._disk.has(link)):
+                known.append(_Known(link, data, link.count))
+                continue
+            known += self._closest(link)
+            break
+        return known
 
     def _closest(self, link: Link) -> list[_Known]:
         """The kept link that has the most tokens in common with one that is not kept, if there is any."""

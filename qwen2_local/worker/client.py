@@ -16,7 +16,7 @@ from qwen2_local.backends.base import BackendInfo, Layout, Scores
 from qwen2_local.engine import Event, Request
 from qwen2_local.engine.reply import Mailbox, Reply
 from qwen2_local.errors import BackendError, Cancelled, UsageError, WorkerDied
-from qwen2_local.worker.messages import Forget, Generate, Look, Score
+from qwen2_local.worker.messages import Forget, Generate, Know, Look, Score
 from qwen2_local.worker.process import Worker
 from qwen2_local.worker.setup import Setup
 
@@ -94,6 +94,19 @@ class RemoteEngine:
         scores = self._answer(Score(next(self._numbers), tuple(tokens), limit))
         assert isinstance(scores, Scores)
         return scores
+
+    def known(self, prompt: Sequence[int]) -> int:
+        """How much of a prompt is known, as `Engine.known`. Starts no worker, and keeps none from being idle: without one it is 0."""
+        self._require_own_process()
+        self._require_open()
+        worker = self._worker
+        mailbox: Mailbox[object] = Mailbox()
+        if worker is None or not worker.ask(Know(next(self._numbers), tuple(prompt)), mailbox):
+            return 0
+        result = mailbox.take()
+        if isinstance(result, BaseException) and not isinstance(result, (WorkerDied, Cancelled)):
+            raise result
+        return result if isinstance(result, int) else 0
 
     def forget(self, chunks: Iterable[str]) -> None:
         """Delete KV, as `Engine.forget`. Starts no worker: without one there is only what lies on the disk."""

@@ -14,7 +14,7 @@ from qwen2_local.worker import codec, frames
 from qwen2_local.worker.frames import FrameError
 from qwen2_local.worker.setup import Setup
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raise it with any change of a message."""
 
 _MOST_TEXT = 4000
@@ -71,6 +71,14 @@ class Look:
     """How is the KV memory laid out?"""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Know:
+    """How much of this prompt is known?"""
+
+    number: int
+    prompt: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +142,14 @@ class Looked:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """So many of its leading tokens are."""
+
+    number: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The last message of a request that failed, or (number 0) of a worker that cannot load. kind: the error's class."""
 
@@ -158,11 +174,11 @@ class Failed:
         return kind(self.what, hint=self.hint)
 
 
-Order = Start | Generate | Score | Forget | Look | Cancel
-Answer = Loaded | Progress | Ended | Scored | Forgotten | Looked | Failed
+Order = Start | Generate | Score | Forget | Look | Know | Cancel
+Answer = Loaded | Progress | Ended | Scored | Forgotten | Looked | Known | Failed
 
-_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Start, Generate, Score, Forget, Look, Cancel)}
-_ANSWERS: dict[str, type[Answer]] = {kind.__name__: kind for kind in (Loaded, Progress, Ended, Scored, Forgotten, Looked, Failed)}
+_ORDERS: dict[str, type[Order]] = {kind.__name__: kind for kind in (Start, Generate, Score, Forget, Look, Know, Cancel)}
+_ANSWERS: dict[str, type[Answer]] = {kind.__name__: kind for kind in (Loaded, Progress, Ended, Scored, Forgotten, Looked, Known, Failed)}
 
 
 def encode(message: Order | Answer) -> bytes:

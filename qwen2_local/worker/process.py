@@ -32,6 +32,8 @@ from qwen2_local.worker.messages import (
     Forget,
     Forgotten,
     Generate,
+    Know,
+    Known,
     Loaded,
     Look,
     Looked,
@@ -100,7 +102,7 @@ class Worker:
             raise self._error
         return self._info
 
-    def ask(self, order: Generate | Score | Forget | Look, mailbox: Mailbox[Any]) -> bool:
+    def ask(self, order: Generate | Score | Forget | Look | Know, mailbox: Mailbox[Any]) -> bool:
         """Begin a request, whose events go to `mailbox`. False if the worker is dead."""
         frame = messages.encode(order)
         with self._lock:
@@ -215,6 +217,8 @@ class Worker:
                 self._end(number, None)
             case Looked(number, layout):
                 self._end(number, layout)
+            case Known(number, tokens):
+                self._end(number, tokens)
             case Failed(number):
                 self._end(number, answer.error())
 

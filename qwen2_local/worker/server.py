@@ -29,6 +29,8 @@ from qwen2_local.worker.messages import (
     Forget,
     Forgotten,
     Generate,
+    Know,
+    Known,
     Loaded,
     Look,
     Looked,
@@ -105,6 +107,8 @@ class _Server:
                 self._begin(number, lambda: self._forget(order))
             case Look(number):
                 self._begin(number, lambda: self.answer(Looked(number, self._require().layout)))
+            case Know(number, prompt):
+                self._begin(number, lambda: self.answer(Known(number, self._require().known(prompt))))
             case Cancel(number):
                 self._cancel(number)
 
