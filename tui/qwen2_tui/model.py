@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Unpack
-
-from qwen2_local.chat import ChatModel
-from qwen2_local.loading import Report
-from qwen2_local.types import Message, Score
 
 if TYPE_CHECKING:
     from qwen2_local.aio import Readable
     from qwen2_local.backends.base import BackendInfo
+    from qwen2_local.loading import Report
     from qwen2_local.options import Options
+    from qwen2_local.tokens import Tokenizer
+    from qwen2_local.types import Message, Sampling, Score
 
 DEFAULT = "guide"
 """The model that is always there."""
@@ -34,9 +33,21 @@ class LoadWish:
     force: bool = False
 
 
-class Model(ChatModel, Protocol):
-    """A chat's model, and what is shown of it. `Qwen2` says what each is."""
+class Model(Protocol):
+    """A `chat.ChatModel`, and what is shown of it. `Qwen2` says what each is."""
 
+    name: str
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...  # noqa: D102
+    @property
+    def default_system(self) -> str | None: ...  # noqa: D102
+    @property
+    def sampling(self) -> Sampling: ...  # noqa: D102
+    @property
+    def longest(self) -> int: ...  # noqa: D102
+    def write(self, prompt: Sequence[int], **options: Unpack[Options]) -> Readable: ...  # noqa: D102
+    def forget(self, chunks: Iterable[str]) -> None: ...  # noqa: D102
     @property
     def info(self) -> BackendInfo: ...  # noqa: D102
     @property
@@ -49,7 +60,7 @@ class Model(ChatModel, Protocol):
     def close(self) -> None: ...  # noqa: D102
 
 
-Loader = Callable[[LoadWish, Report], Model]
+Loader = Callable[[LoadWish, "Report"], Model]
 """Loads a model, in a thread; told of progress as in `loading`. Raises Qwen2LocalError. A report may raise, to end the work."""
 
 

@@ -92,7 +92,7 @@ class TokensScreen(ModalScreen[str | None]):
         keys.bind("tokens.unlikely", "unlikely", show=True),
         keys.bind("tokens.branch", "alternatives", show=True),
     ]
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (90, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (90, "-wide")]  # noqa: RUF012
 
     def __init__(self, model: Model, chat: Chat, turn: int) -> None:
         """turn: the number of a reply of `chat`."""

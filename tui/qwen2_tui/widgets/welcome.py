@@ -31,12 +31,9 @@ _OF_OTHERS = (
     "Write a Python function that finds the longest word in a text.",
     "Translate into Chinese: The river is quiet in the morning.",
 )
-_AFTER_FAILURE = (("again", "Try again"), ("guide", "Go on with the guide, which is always there"), ("models", "Choose another model"))
-_AFTER_CRASH = (
-    ("again", "Start it again"),
-    ("safe", "Start it in safe mode: slower, without special matrix code"),
-    ("models", "Choose another model"),
-)
+_OTHER = ("models", "Choose another model")
+_AFTER_FAILURE = (("again", "Try again"), ("guide", "Go on with the guide, which is always there"), _OTHER)
+_AFTER_CRASH = (("again", "Start it again"), ("safe", "Start it in safe mode: slower, without special matrix code"), _OTHER)
 
 
 class Choices(OptionList):
@@ -161,12 +158,10 @@ def recommendation(key: str) -> str:
     best = advice.recommended(advice.here())
     if best is None:
         return f"This machine is too small for the other models. {key} shows what each needs."
-    words = (
-        f"For real work: {best.model.title}, {best.level.upper()}\n"
-        f"{fit.show_gb(best.download)} to fetch · {fit.show_gb(best.memory)} of memory at {advice.CONTEXT:,} tokens · {best.model.size.licence.name}\n"
-    )
+    needs = f"{fit.show_gb(best.download)} to fetch · {fit.show_gb(best.memory)} of memory at {advice.CONTEXT:,} tokens"
+    words = f"For real work: {best.model.title}, {best.level.upper()}\n{needs} · {best.model.size.licence.name}\n"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return f"{words}The network is switched off (HF_HUB_OFFLINE): {key} shows what is here; a model from a disk is converted by `qwen2-local convert`."
+        return f"{words}The network is switched off (HF_HUB_OFFLINE), so nothing is fetched. {key} shows what is here."
     return f"{words}{key} shows all sizes, and fetches the one that you choose while we go on chatting."
 
 
