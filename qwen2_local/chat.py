@@ -249,6 +249,15 @@ class Chat:
             parent = self._at(turn).parent
             return tuple(one for one in self._messages.values() if one.parent == parent)
 
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Of each message, which of how many alternatives it is, counted from 1."""
+        with self._changing:
+            siblings: dict[int | None, dict[int, int]] = {}
+            for one in self._messages.values():
+                among = siblings.setdefault(one.parent, {})
+                among[one.id] = len(among) + 1
+            return tuple((siblings[one.parent][one.id], len(siblings[one.parent])) for one in self.messages)
+
     # In tokens, of `model`. What is not fit to be read yet is tokenized on the first call, which takes a while for a long conversation.
 
     def count(self, text: str = "") -> int:
@@ -305,27 +314,32 @@ class Chat:
             raise UsageError(f"Message {turn} is no question but a {_NAMES[old.role]}.", hint=hint)
         return self._answer(_question(text, old.parent), **options)
 
-    def regenerate(self, **options: Unpack[Options]) -> Completion:
-        """Another reply to the last question; the one before stays, as a branch. With the same seed, it is the same."""
-        return self.stream_regenerate(**options).finish()
+    def regenerate(self, turn: int = -1, **options: Unpack[Options]) -> Completion:
+        """Another reply to the last question, or in place of the reply `turn`; the old one stays, as a branch. With the same seed, it is the same."""
+        return self.stream_regenerate(turn, **options).finish()
 
-    def stream_regenerate(self, **options: Unpack[Options]) -> Reply:
+    def stream_regenerate(self, turn: int = -1, **options: Unpack[Options]) -> Reply:
         """The same, piece by piece."""
-        return self._answer(ChatMessage("assistant", "", parent=self._asked()), **options)
+        return self._answer(ChatMessage("assistant", "", parent=self._asked(turn)), **options)
 
-    def continue_reply(self, text: str | None = None, **options: Unpack[Options]) -> Completion:
-        """The last reply goes on from where it ended, or, as a branch, one that begins with `text`. Gives what was added."""
-        return self.stream_continue(text, **options).finish()
+    def continue_reply(self, text: str | None = None, turn: int = -1, **options: Unpack[Options]) -> Completion:
+        """The last reply, or the reply `turn`, goes on from where it ended, or, as a branch, one that begins with `text`. Gives what was added.
 
-    def stream_continue(self, text: str | None = None, **options: Unpack[Options]) -> Reply:
+        A reply that others follow stays as it is: the longer one is a branch, too.
+        """
+        return self.stream_continue(text, turn, **options).finish()
+
+    def stream_continue(self, text: str | None = None, turn: int = -1, **options: Unpack[Options]) -> Reply:
         """The same, piece by piece."""
         if text is not None:
             require_text(text)
-            begun = ChatMessage("assistant", text, parent=self._asked())
+            begun = ChatMessage("assistant", text, parent=self._asked(turn))
         else:
-            begun = self._at(-1)
+            begun = self._at(turn)
             if begun.role != "assistant":
                 raise UsageError("There is no reply to continue: the last message is a question.", hint="`regenerate` answers it.")
+            if any(one.parent == begun.id for one in self._messages.values()):
+                begun = replace(begun, id=0, created=0.0)
         return self._answer(begun, **options)
 
     # Async twins: a cancelled task stops the reply.
@@ -342,13 +356,13 @@ class Chat:
         """`edit`, awaited."""
         return await _later(lambda: self.stream_edit(turn, text, **options)).finish()
 
-    async def aregenerate(self, **options: Unpack[Options]) -> Completion:
+    async def aregenerate(self, turn: int = -1, **options: Unpack[Options]) -> Completion:
         """`regenerate`, awaited."""
-        return await _later(lambda: self.stream_regenerate(**options)).finish()
+        return await _later(lambda: self.stream_regenerate(turn, **options)).finish()
 
-    async def acontinue_reply(self, text: str | None = None, **options: Unpack[Options]) -> Completion:
+    async def acontinue_reply(self, text: str | None = None, turn: int = -1, **options: Unpack[Options]) -> Completion:
         """`continue_reply`, awaited."""
-        return await _later(lambda: self.stream_continue(text, **options)).finish()
+        return await _later(lambda: self.stream_continue(text, turn, **options)).finish()
 
     # To arrange
 
@@ -408,14 +422,14 @@ class Chat:
             raise UsageError(f"The conversation has no message {turn!r}.", hint=hint)
         return messages[: turn % len(messages) + 1]
 
-    def _asked(self) -> int:
-        """The id of the last question."""
-        last = self._at(-1)
-        if last.role == "user":
-            return last.id
-        if last.role == "system" or last.parent is None:
+    def _asked(self, turn: int) -> int:
+        """The id of the question `turn`, or of that to which `turn` replies."""
+        message = self._at(turn)
+        if message.role == "user":
+            return message.id
+        if message.role == "system" or message.parent is None:
             raise UsageError("There is no question to reply to.", hint="`send` asks one.")
-        return last.parent
+        return message.parent
 
     def _require_idle(self) -> None:
         current = self._current()

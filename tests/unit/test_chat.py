@@ -183,6 +183,55 @@ def test_regenerating_gives_another_reply_to_the_same_question() -> None:
     assert shown(chat) == ["x", "two"]
 
 
+def test_any_reply_can_be_written_anew() -> None:
+    chat = Chat(ScriptedModel("one", "two", "another"))
+    chat.send("a")
+    chat.send("b")
+    assert chat.regenerate(1).text == "another"
+    assert shown(chat) == ["a", "another"]
+    assert chat.places() == ((1, 1), (2, 2))
+    chat.switch(1, 0)
+    assert shown(chat) == ["a", "one", "b", "two"]
+    assert chat.places() == ((1, 1), (1, 2), (1, 1), (1, 1))
+
+
+def test_a_question_in_the_middle_gets_another_reply() -> None:
+    chat = Chat(ScriptedModel("one", "two", "another"))
+    chat.send("a")
+    chat.send("b")
+    chat.regenerate(0)
+    assert shown(chat) == ["a", "another"]
+
+
+def test_a_reply_that_others_follow_goes_on_beside_itself() -> None:
+    model = ScriptedModel("one", "two", " more")
+    chat = Chat(model)
+    chat.send("a")
+    chat.send("b")
+    assert chat.continue_reply(turn=1).text == " more"
+    assert model.read == turns("a") + "one"
+    assert shown(chat) == ["a", "one more"]
+    chat.switch(1, 0)
+    assert shown(chat) == ["a", "one", "b", "two"]
+
+
+def test_any_reply_can_begin_otherwise() -> None:
+    chat = Chat(ScriptedModel("one", "two", " and so on"))
+    chat.send("a")
+    chat.send("b")
+    chat.continue_reply("First", 1)
+    assert shown(chat) == ["a", "First and so on"]
+
+
+def test_what_is_refused_leaves_the_conversation_where_it_was() -> None:
+    chat = Chat(ScriptedModel("one", "two"))
+    chat.send("a")
+    chat.send("b")
+    with pytest.raises(InvalidSampling):
+        chat.regenerate(1, temperature=-1)
+    assert shown(chat) == ["a", "one", "b", "two"]
+
+
 def test_a_branch_goes_on_from_an_earlier_turn() -> None:
     model = ScriptedModel("one", "two", "three")
     chat = Chat(model)
