@@ -1,15 +1,31 @@
-"""What a person chose, as plain data, and the TOML file it lies in."""
+"""What a person chose, as plain data, and the TOML file that it lies in.
+
+The file is the person's own: only what was changed in the app is changed in it, and comments, order, and keys that this program does not
+know stay as they are. What is wrong in it is left out, with a note, and never stops the app.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from qwen2_local import files
+from qwen2_local.sanitize import clean_line
+from qwen2_tui.fields import CHAT, LOOK, MODEL, Field
+
+_MOST_BYTES = 1_000_000
+_MOST_NOTES = 8
+_MOST_LINES = 500
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How replies are asked for. None: the model's own."""
+    """How replies are asked for. None: the model's own; `fields.CHAT` says what each is."""
 
     system: str | None = None
     temperature: float | None = None
@@ -21,10 +37,15 @@ class ChatSettings:
     max_tokens: int | None = None
     lookup: bool = False
 
+    def wishes(self) -> dict[str, Any]:
+        """The options of a reply (`options.Options`): all that was chosen but the system prompt, with which a chat begins."""
+        given = {one.name: getattr(self, one.name) for one in CHAT if one.name != "system"}
+        return {name: value for name, value in given.items() if value is not None and value is not False}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """Which model, and how it is loaded. None: as it comes."""
+    """Which model, and how it is loaded. None: as it comes; `fields.MODEL` says what each is."""
 
     model: str | None = None
     backend: str | None = None
@@ -35,7 +56,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All of them."""
+    """All of them. presets: by their names. keys: keys by the ids of `keys.TABLE`. sidebar: is the list of chats shown?"""
 
     chat: ChatSettings = ChatSettings()
     model: ModelSettings = ModelSettings()
@@ -45,15 +66,209 @@ class Settings:
     sidebar: bool = True
 
 
+def differing(chat: ChatSettings, base: ChatSettings) -> dict[str, Any]:
+    """What a chat has otherwise than every new one, for `ChatStore.keep_options`."""
+    return {one.name: value for one in CHAT if (value := getattr(chat, one.name)) != getattr(base, one.name)}
+
+
+def with_options(base: ChatSettings, options: Mapping[str, Any]) -> ChatSettings:
+    """The reverse. Whatever is no setting, or cannot be, is as in `base`."""
+    given = [(one, options[one.name]) for one in CHAT if one.name in options]
+    return replace(base, **{one.name: value for one, value in given if (value is None and one.unset) or not one.problem(value)})
+
+
 class SettingsFile:
-    """The file."""
+    """The file at `path`; it need not be there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._base: Settings | None = None
 
     def read(self) -> tuple[Settings, tuple[str, ...]]:
-        """What it says, and notes on what is wrong with it."""
-        return Settings(), ()
+        """What it says, and notes on what is wrong with it, each with its line. Never raises."""
+        data, notes = self._bytes()
+        if data is None:
+            settings = Settings()
+        else:
+            settings, notes = understood(data, self.path.name)
+        self._base = settings
+        return settings, notes
 
     def write(self, settings: Settings) -> None:
-        """Not yet."""
+        """Brings into the file what is otherwise than when it was last read or written; the rest of it stays. Atomic, mode 0600.
+
+        A file that is no TOML is kept beside it, as settings.toml.bad. Raises OSError, and DoesNotFit on a full disk.
+        """
+        from qwen2_tui import settings_edit
+
+        base = self._base if self._base is not None else self.read()[0]
+        place = self.path.resolve()  # a link stays one
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data, notes = self._bytes()
+        if data is None and not notes:
+            text = settings_edit.fresh(settings)
+        else:
+            edited = None if data is None else settings_edit.edited(data, base, settings)
+            if edited is None:
+                _keep_aside(place)
+            text = settings_edit.fresh(settings) if edited is None else edited
+        if data is None or text.encode() != data:
+            files.write_atomic(place, text)
+        self._base = settings
+
+    def _bytes(self) -> tuple[bytes | None, tuple[str, ...]]:
+        """What is in the file; None if it is not there, or cannot be read: then a note says why."""
+        try:
+            if not self.path.exists():
+                return None, ()
+            if not self.path.is_file():
+                return None, (f"{self.path.name} is no file: settings are those at the beginning.",)
+            with self.path.open("rb") as file:
+                data = file.read(_MOST_BYTES + 1)
+        except OSError as error:
+            return None, (f"{self.path.name} cannot be read ({error.strerror}): settings are those at the beginning.",)
+        if len(data) > _MOST_BYTES:
+            return None, (f"{self.path.name} has more than {_MOST_BYTES:,} bytes: settings are those at the beginning.",)
+        return data, ()
+
+
+def _keep_aside(place: Path) -> None:
+    """Gives a file that could not be used another name, under which it stays."""
+    names = (f"{place.name}.bad", *(f"{place.name}.bad-{number}" for number in range(2, 1000)))
+    aside = next(path for name in names if not (path := place.with_name(name)).exists())
+    place.rename(aside)
+
+
+# Reading
+
+
+def understood(data: bytes, where: str) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in a file's bytes, and notes on what is wrong there. Never raises."""
+    try:
+        text = data.decode("utf-8-sig")
+        tree = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        return Settings(), (f"{where} is no UTF-8 text (byte {error.start:,}): settings are those at the beginning.",)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        return Settings(), (f"{where} is no TOML: {clean_line(str(error))[:200]}. Settings are those at the beginning.",)
+    reader = _Reader()
+    settings = reader.settings(tree)
+    return settings, tuple(reader.told(text, where))
+
+
+class _Reader:
+    """Takes what can be taken, and writes down what cannot: where it is, and what is wrong."""
+
+    def __init__(self) -> None:
+        self._wrong: list[tuple[tuple[str, ...], str]] = []
+
+    def told(self, text: str, where: str) -> Iterator[str]:
+        """The notes, with lines, in the order of the file."""
+        if not self._wrong:
+            return
+        lines = lines_of(text)
+        ordered = sorted(self._wrong, key=lambda one: lines.get(one[0], 0))
+        for path, words in ordered[:_MOST_NOTES]:
+            line = f", line {lines[path]}" if path in lines else ""
+            yield clean_line(f"{where}{line}: {words}")
+        if len(ordered) > _MOST_NOTES:
+            yield f"{where}: {len(ordered) - _MOST_NOTES} more."
+
+    def settings(self, tree: Mapping[str, Any]) -> Settings:
+        tables = ("chat", "model", "presets", "keys")
+        self._unknown(tree, (), [*tables, *(one.name for one in LOOK)])
+        presets = {}
+        for name, table in self._table(tree, "presets").items():
+            path = ("presets", name)
+            if problem := preset_problem(name):
+                self._wrong.append((path, problem))
+            elif not isinstance(table, dict):
+                self._wrong.append((path, f"The preset {name[:40]} is no table: write [presets.{name[:40]}], and its settings below."))
+            else:
+                presets[name] = ChatSettings(**self._fields(table, path, CHAT))
+        bound = {}
+        for id, wanted in self._table(tree, "keys").items():
+            if isinstance(wanted, str) and wanted.strip():
+                bound[id] = wanted
+            else:
+                self._wrong.append((("keys", id), f'The key {id[:40]} is not given as text: write "{id[:40]}" = "ctrl+j".'))
+        return Settings(
+            chat=ChatSettings(**self._fields(self._table(tree, "chat"), ("chat",), CHAT)),
+            model=ModelSettings(**self._fields(self._table(tree, "model"), ("model",), MODEL)),
+            presets=presets,
+            keys=bound,
+            **self._fields(tree, (), LOOK, closed=False),
+        )
+
+    def _table(self, tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+        table = tree.get(name, {})
+        if isinstance(table, dict):
+            return table
+        self._wrong.append(((name,), f"{name} is no table: write [{name}], and its settings below."))
+        return {}
+
+    def _fields(self, table: Mapping[str, Any], path: tuple[str, ...], known: Sequence[Field], *, closed: bool = True) -> dict[str, Any]:
+        """closed: other names in the table are mistakes."""
+        taken = {}
+        for one in known:
+            if one.name not in table:
+                continue
+            value = table[one.name]
+            if problem := one.problem(value):
+                instead = f"{one.unset[0].upper()}{one.unset[1:]} is taken" if one.unset else "It is left out"
+                self._wrong.append(((*path, one.name), f"{one.name} is {_shown(value)}, but {problem}. {instead}."))
+            else:
+                taken[one.name] = float(value) if one.kind == "number" else value
+        if closed:
+            self._unknown(table, path, [one.name for one in known])
+        return taken
+
+    def _unknown(self, table: Mapping[str, Any], path: tuple[str, ...], known: Sequence[str]) -> None:
+        for name in table:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                there = f"Did you mean {near[0]}?" if near else f"There are {', '.join(known)}."
+                self._wrong.append(((*path, name), f"There is no setting {name[:40]!r}{' in [' + '.'.join(path) + ']' if path else ''}. {there}"))
+
+
+def preset_problem(name: str) -> str:
+    """What is wrong with a preset's name, in a sentence; "" if nothing is."""
+    if not name.strip():
+        return "A preset needs a name."
+    if len(name) > _LONGEST_NAME or clean_line(name) != name or name != name.strip():
+        return f"A preset's name is one line of at most {_LONGEST_NAME} characters."
+    return ""
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if not isinstance(value, (dict, list)) else "a table" if isinstance(value, dict) else "a list"
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def lines_of(text: str) -> dict[tuple[str, ...], int]:
+    """In which line each key begins, by its path.
+
+    By parsing ever more of the file: a key begins behind the last beginning of the file that was TOML without it.
+    """
+    lines = [f"{line}\n" for line in text.split("\n")]
+    found: dict[tuple[str, ...], int] = {}
+    before = 0
+    if len(lines) > _MOST_LINES:
+        return found
+    for number in range(1, len(lines) + 1):
+        try:
+            tree = tomllib.loads("".join(lines[:number]))
+        except (tomllib.TOMLDecodeError, RecursionError, ValueError):
+            continue
+        for path in _paths(tree):
+            found.setdefault(path, before + 1)
+        before = number
+    return found
+
+
+def _paths(tree: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in tree.items():
+        path = (*at, name)
+        yield path
+        if isinstance(value, dict) and len(path) < 4:
+            yield from _paths(value, path)
