@@ -21,16 +21,7 @@ _BUILT_IN = "built in"
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def ls(as_json: bool) -> None:
     """List the models on this computer."""
-    models: list[dict[str, object]] = []
-    for one in store.Store().list():
-        manifest = one.manifest
-        if manifest is None:
-            models.append({"name": one.name, "format": one.note, "bytes": None, "context": None})
-        else:
-            form = f"{manifest.format.upper()} {manifest.quantization}"
-            models.append({"name": one.name, "format": form, "bytes": manifest.size, "context": manifest.context})
-    guide = open_checkpoint(store.guide_folder())
-    models.append({"name": store.GUIDE, "format": _BUILT_IN, "bytes": guide.weight_bytes, "context": guide.config.context})
+    models = listed()
     if as_json:
         print(json.dumps(models))
         return
@@ -42,18 +33,32 @@ def ls(as_json: bool) -> None:
     output.table(rows)
 
 
+def listed() -> list[dict[str, object]]:
+    """What `ls` lists: name, format, bytes, context of each model; the guide last. Of one that cannot be used, why in the place of its format."""
+    models: list[dict[str, object]] = []
+    for one in store.Store().list():
+        manifest = one.manifest
+        if manifest is None:
+            models.append({"name": one.name, "format": one.note, "bytes": None, "context": None})
+        else:
+            form = f"{manifest.format.upper()} {manifest.quantization}"
+            models.append({"name": one.name, "format": form, "bytes": manifest.size, "context": manifest.context})
+    guide = open_checkpoint(store.guide_folder())
+    models.append({"name": store.GUIDE, "format": _BUILT_IN, "bytes": guide.weight_bytes, "context": guide.config.context})
+    return models
+
+
 @click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(model: str, as_json: bool) -> None:
     """Show what is known of MODEL: a name, or a path. Reads headers only; loads nothing."""
-    facts = _facts(store.resolve(model))
+    facts = known(store.resolve(model))
     if as_json:
         print(json.dumps(facts))
         return
     for name, value in facts.items():
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        print(f"{name:<16}{clean_line(text)}")
+        print(f"{name:<16}{shown(value)}")
 
 
 @click.command()
@@ -91,7 +96,13 @@ def _forget(name: str, *, yes: bool) -> bool:
     return kept > 0
 
 
-def _facts(ref: store.ModelRef) -> dict[str, object]:
+def shown(value: object) -> str:
+    """A value of `known` for a person: one line, cleaned."""
+    return clean_line(f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+
+
+def known(ref: store.ModelRef) -> dict[str, object]:
+    """What `show` shows of a model, from its headers. Raises BadFile, UnsupportedModel."""
     facts: dict[str, object] = {"name": ref.label, "path": str(Path(ref.path).absolute()), "origin": ref.origin}
     if ref.format == "gguf":
         gguf = open_gguf(ref.path)

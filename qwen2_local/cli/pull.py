@@ -215,5 +215,6 @@ def _print_object(plan: PullPlan, status: str) -> None:
         "models": [{"name": model.name, "target": str(model.target) if model.target else None, "state": model.state} for model in plan.models],
         "bytes": {"files": way.fetched, "to_fetch": plan.fetch, "to_convert": way.written, "disk_needed": plan.disk, "disk_free": plan.disk_free},
         "memory": {"at": {str(context): plan.memory_at(context) for context in contexts}, "total": plan.memory.total, "fits": plan.fits},
-        "licence": {"id": plan.licence.id, "url": plan.licence.url, "to_accept": plan.licence_to_accept},
+        "licence": {"id": plan.licence.id, "name": plan.licence.name, "url": plan.licence.url, "to_accept": plan.licence_to_accept},
+        "speed": plan.speed,
     }))  # fmt: skip
