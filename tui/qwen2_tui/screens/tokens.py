@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.style import Style
@@ -42,19 +42,19 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A reply's tokens; prompt: the ids before them. probabilities: of each, empty while they are not known. texts: to show."""
+    """A reply's tokens; prompt: the ids before them. texts: to show; marks: which are control tokens. probabilities: empty while they are not known."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
     texts: tuple[str, ...]
+    marks: tuple[bool, ...]
     probabilities: tuple[float, ...] = ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """With the names of their styles."""
-        if not self.probabilities:
-            return tuple(Piece(text) for text in self.texts)
-        return tuple(Piece(text, step(probability)) for text, probability in zip(self.texts, self.probabilities, strict=True))
+        steps = map(step, self.probabilities) if self.probabilities else [""] * len(self.texts)
+        return tuple(Piece(text, f"{name} mark" if mark else name, mark) for text, name, mark in zip(self.texts, steps, self.marks, strict=True))
 
     @property
     def words(self) -> str:
@@ -64,6 +64,12 @@ class Scored:
         mean = math.fsum(math.log(max(one, 1e-30)) for one in self.probabilities) / len(self.ids)
         unlikely = sum(one < 0.5 for one in self.probabilities)
         return f"{len(self.ids):,} tokens · {unlikely:,} of them below 50 % · perplexity {math.exp(-mean):.2f}"
+
+
+class Alternatives(OptionList):
+    """What else could have come."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "go on from here")]
 
 
 class TokensScreen(ModalScreen[str | None]):
@@ -110,7 +116,7 @@ class TokensScreen(ModalScreen[str | None]):
             yield Flow(id="flow")
             with Vertical(id="side"):
                 yield Static(id="token")
-                yield OptionList(id="alternatives", compact=True)
+                yield Alternatives(id="alternatives", compact=True)
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
@@ -126,7 +132,7 @@ class TokensScreen(ModalScreen[str | None]):
     def _styles(self) -> dict[str, Style]:
         """By colour, and by form: there are terminals without colours."""
         colours = self.app.theme_variables
-        return {
+        styles = {
             "": Style(),
             "sure": Style(),
             "likely": Style(color=colours["success"]),
@@ -134,6 +140,8 @@ class TokensScreen(ModalScreen[str | None]):
             "doubtful": Style(color=colours["warning"], underline=True),
             "unlikely": Style(color=colours["error"], underline=True, bold=True),
         }
+        mark = Style(bgcolor=colours["panel"], italic=True)
+        return {**styles, **{f"{name} mark": style + mark for name, style in styles.items()}}
 
     @work(thread=True, group="read")
     def _read(self) -> None:
@@ -265,7 +273,8 @@ def tokens_of(model: Model, chat: Chat, turn: int) -> Scored:
     # Behind the reply's own are a mark and a newline that close the turn; the model wrote the mark alone, and only where it ended by itself.
     closing = len(chat_close(model))
     ids = ids[: len(ids) - closing + (1 if message.state == "whole" and message.finish_reason in (None, "stop") else 0)]
-    return Scored(prompt, ids, tuple(texts_of(model.tokenizer, ids, lambda raw: "·")))
+    control = set(model.tokenizer.special.values())
+    return Scored(prompt, ids, tuple(texts_of(model.tokenizer, ids, lambda raw: "·")), tuple(token in control for token in ids))
 
 
 def chat_close(model: Model) -> list[int]:
@@ -278,7 +287,7 @@ def chat_close(model: Model) -> list[int]:
 def scored(model: Model, tokens: Scored) -> Scored:
     """With their probabilities. The model reads the whole once more, so it takes as long as that."""
     score = model.score_ids((*tokens.prompt, *tokens.ids), len(tokens.prompt))
-    return Scored(tokens.prompt, tokens.ids, tokens.texts, tuple(math.exp(min(one, 0.0)) for one in score.logprobs))
+    return replace(tokens, probabilities=tuple(math.exp(min(one, 0.0)) for one in score.logprobs))
 
 
 def alternatives(model: Model, tokens: Scored, place: int) -> tuple[Alternative, ...]:
