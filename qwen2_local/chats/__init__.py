@@ -16,7 +16,7 @@ deletes those. Knows neither models nor engines: tokens are numbers here.
   exchange   chats as Markdown, JSON and OpenAI-style message lists, out and in
 """
 
-from qwen2_local.chats.records import ChatMessage, ChatRecord, Hit, Summary, path_to
+from qwen2_local.chats.records import ChatMessage, ChatRecord, Hit, State, Summary, path_to
 from qwen2_local.chats.store import ChatStore
 
-__all__ = ["ChatMessage", "ChatRecord", "ChatStore", "Hit", "Summary", "path_to"]
+__all__ = ["ChatMessage", "ChatRecord", "ChatStore", "Hit", "State", "Summary", "path_to"]
