@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _AGAIN_S = 3.0
 _LEAVE_S = 1.5
+_SWEEP_S = 3.0  # the first screen comes first
 _LEAST = (60, 20)
 _HIDDEN_BY_MODALS = {"new", "temporary", "search", "sidebar", "models", "settings", "help", "undo"}
 
@@ -131,7 +132,7 @@ class QwenApp(App[None]):
         if self._library is None:
             from qwen2_tui.library import Library
 
-            self._library = Library(self.store)
+            self._library = Library(self.store, lambda: self.host.model)
         return self._library
 
     # Begin
@@ -153,6 +154,7 @@ class QwenApp(App[None]):
 
     def _begin(self) -> None:
         self.host.load(self.wish())
+        self.set_timer(_SWEEP_S, lambda: self.run_worker(lambda: self.library.sweep(), thread=True, exit_on_error=False))
 
     def wish(self, name: str | None = None) -> LoadWish:
         """How to load the model `name`, as settings and command line say; None: the one that they name."""

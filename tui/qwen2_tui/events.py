@@ -34,3 +34,11 @@ class JobChanged(Message, bubble=False):
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.job = job
+
+
+class ChatsChanged(Message, bubble=False):
+    """Saved chats were renamed, pinned or deleted. gone: they are in the trash; back: they are out of it again."""
+
+    def __init__(self, gone: frozenset[int] = frozenset(), back: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self.gone, self.back = gone, back

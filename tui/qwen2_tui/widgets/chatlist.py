@@ -66,7 +66,7 @@ class ChatList(ScrollView, can_focus=True):
     cursor: reactive[int] = reactive(0, repaint=False)
     hovered: reactive[int | None] = reactive(None, repaint=False)
     opened: reactive[int | None] = reactive(None)
-    running: reactive[bool] = reactive(False)
+    running: reactive[frozenset[int | None]] = reactive(frozenset())
 
     @dataclass
     class Chosen(Message):
@@ -131,7 +131,7 @@ class ChatList(ScrollView, can_focus=True):
 
     def _title(self, row: Row, width: int) -> Strip:
         is_open = row.chat == self.opened
-        mark = "●" if is_open and self.running else "▌" if is_open else " "
+        mark = "●" if row.chat in self.running else "▌" if is_open else " "
         when = f" {ago(self._now - row.used)} " if width >= 20 else ""
         pin = "★ " if row.pinned else ""
         room = max(0, width - 2 - cell_len(pin) - cell_len(when))

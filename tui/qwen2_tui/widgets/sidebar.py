@@ -6,9 +6,10 @@ It asks the store in threads, and does nothing with chats itself: `arrange` rena
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on
 from textual.app import ComposeResult
@@ -25,6 +26,9 @@ from qwen2_local.sanitize import clean_line
 from qwen2_tui import keys
 from qwen2_tui.widgets.chatlist import ChatList, Row
 from qwen2_tui.widgets.dialogs import Line
+
+if TYPE_CHECKING:
+    from qwen2_tui.app import QwenApp
 
 NARROW = 80
 """Below so many columns it is a drawer."""
@@ -54,6 +58,10 @@ class Sidebar(Vertical):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         keys.bind("chats.search", "search"),
+        keys.bind("chats.rename", "arrange('rename')", show=True),
+        keys.bind("chats.pin", "arrange('pin')", show=True),
+        keys.bind("chats.delete", "arrange('delete')", show=True),
+        keys.bind("chats.export", "arrange('export')", show=True),
         Binding("escape", "leave", show=False),
     ]
 
@@ -119,12 +127,12 @@ class Sidebar(Vertical):
         """Looks again at what there is, in the background."""
         self.run_worker(partial(self._look, self.query_text), thread=True, group="chats", exclusive=True)
 
-    def mark(self, chat: int | None, *, running: bool = False, temporary: bool = False) -> None:
-        """Which chat is open, and whether a reply to it is under way. temporary: it is none of the saved ones."""
-        self._list.opened, self._list.running = chat, running
+    def mark(self, chat: int | None, *, running: Collection[int | None] = (), temporary: bool = False) -> None:
+        """Which chat is open, and in which a reply is under way: None stands for one that is not saved. temporary: the open one is none of these."""
+        self._list.opened, self._list.running = chat, frozenset(running)
         said = self.query_one("#temporary", Static)
         said.set_class(temporary, "-shown")
-        said.update(f"{'●' if running else '▌'} temporary chat: not saved")
+        said.update(f"{'●' if None in running else '▌'} temporary chat: not saved")
 
     def focus_search(self) -> None:
         """To the search, wherever it is."""
@@ -218,6 +226,20 @@ class Sidebar(Vertical):
         """Down leads from the search into what was found."""
         if getattr(event, "key", "") == "down" and self.query_one("#search").has_focus:
             self._list.focus()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """What is done with a chat needs one, and the keyboard in the list."""
+        return action != "arrange" or (self._list.has_focus and self.highlighted is not None)
+
+    def action_arrange(self, what: str) -> None:
+        """Does something with the chat under the cursor."""
+        chat, app = self.highlighted, cast("QwenApp", self.app)
+        if chat is None:
+            return
+        from qwen2_tui import arrange
+
+        doing = {"rename": arrange.rename, "pin": arrange.pin, "export": arrange.export, "delete": arrange.delete}
+        app.run_worker(doing[what](app, chat))
 
     def action_search(self) -> None:
         """Types what to search for."""
