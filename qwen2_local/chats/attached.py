@@ -40,7 +40,7 @@ def joined(question: str, files: Sequence[Attached]) -> str:
 
 def split(message: str) -> tuple[str, tuple[Attached, ...]]:
     """The reverse: the question, and its files."""
-    files = []
+    files: list[Attached] = []
     start = 0
     while (head := _HEAD.match(message, start)) is not None:
         name, lines, tokens = head[1], int(head[2]), int(head[3])

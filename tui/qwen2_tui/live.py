@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from qwen2_local.chat import Reply
 from qwen2_local.sanitize import clean
 from qwen2_local.types import Completion
+
+if TYPE_CHECKING:
+    from qwen2_local.aio import Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,12 @@ class Progress:
 class LiveReply:
     """Begins a reply, and reads it to its end. All methods may be called from any thread, and none waits."""
 
-    def __init__(self, begin: Callable[[Callable[[int, int], None]], Reply]) -> None:
+    def __init__(self, begin: Callable[[Callable[[int, int], None]], Readable]) -> None:
         """begin: called in the thread; what it is given is to be told how far reading is. What it raises ends up in `error`."""
         self.error: Exception | None = None
         self.completion: Completion | None = None
         self._begin = begin
-        self._reply: Reply | None = None
+        self._reply: Readable | None = None
         self._lock = threading.Lock()
         self._parts: list[str] = []
         self._over = False

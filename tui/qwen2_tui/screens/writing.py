@@ -1,0 +1,204 @@
+"""What is being written: its draft, the files that it mentions, how much room it takes, and what it is for (a question, an edit)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from textual.widgets import Static
+
+from qwen2_local.chats.attached import Attached, joined
+from qwen2_local.errors import Qwen2LocalError
+from qwen2_local.sanitize import clean_line
+from qwen2_tui import attach
+from qwen2_tui.conversation import Conversation, Measure
+from qwen2_tui.widgets.composer import Composer
+
+if TYPE_CHECKING:
+    from qwen2_tui.screens.chat import ChatScreen
+
+_COUNT_S = 0.25
+_DRAFT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the message is for: a new question, or another wording of the turn `index`. files: that it had before, by their names."""
+
+    kind: Literal["question", "edit", "reply"] = "question"
+    index: int = 0
+    files: Mapping[str, Attached] = field(default_factory=dict)
+
+
+_NEW = Task()
+_TITLES = {"edit": "editing the question · enter asks it, esc gives up", "reply": "editing the reply · enter lets it go on, esc gives up"}
+
+
+class Writing:
+    """For the UI thread; disks and tokenizers are asked in threads."""
+
+    def __init__(self, screen: ChatScreen, composer: Composer, notes: Static) -> None:
+        self._screen = screen
+        self._composer = composer
+        self._notes = notes
+        self.task = _NEW
+        self.waiting: str | None = None
+        """A message that is sent as soon as there is a model."""
+        self._stash = ""
+        self._warned = ""
+        self._turn = 0
+        self._drafts: dict[int | None, str] = {}
+        self._storing = threading.Lock()
+        self._count_timer = screen.set_timer(_COUNT_S, self._count, pause=True)
+        self._draft_timer = screen.set_timer(_DRAFT_S, self.keep_draft, pause=True)
+
+    @property
+    def draft(self) -> str:
+        """The message to be, also while something else is edited."""
+        return self._composer.text if self.task is _NEW else self._stash
+
+    # What is written for
+
+    def open(self, draft: str) -> None:
+        """Begin with the draft of another conversation."""
+        self.task, self.waiting, self._stash = _NEW, None, ""
+        self._composer.name_task("")
+        self._composer.write(draft)
+        self.say("")
+
+    def edit(self, kind: Literal["edit", "reply"], index: int, text: str, files: Mapping[str, Attached]) -> None:
+        """Write the turn `index` anew. The draft waits."""
+        if self.task is _NEW:
+            self._stash = self._composer.text
+        self.task = Task(kind, index, files)
+        self._composer.name_task(_TITLES[kind])
+        self._composer.write(text)
+        self._composer.focus()
+
+    def give_up(self) -> bool:
+        """Back to the draft, or take a waiting message back. Was there anything to give up?"""
+        if self.waiting is not None:
+            self.waiting = None
+            self._composer.name_task("")
+            return True
+        if self.task is _NEW:
+            return False
+        self.open(self._stash)
+        return True
+
+    def sent(self) -> None:
+        """What was written is on its way."""
+        self.open(self._stash if self.task is not _NEW else "")
+        self._warned = ""
+
+    def give_back(self, text: str) -> None:
+        """What was sent and could not be asked; not over what is being written since."""
+        if not self._composer.text:
+            self._composer.write(text)
+
+    def wait(self, text: str) -> None:
+        """Send it as soon as there is a model."""
+        self.waiting = text
+        self._composer.name_task("sent as soon as the model is there · esc takes it back")
+
+    # Files
+
+    def submit(self, text: str) -> None:
+        """Read the files that `text` mentions, then hand it to the screen."""
+        if attach.mentions(text):
+            self._screen.run_worker(partial(self._read, text, self.task), thread=True, group="attach", exclusive=True)
+        else:
+            self._screen.ask_with(text, (), self.task)
+
+    def _read(self, text: str, task: Task) -> None:
+        """In a thread."""
+        reading = attach.read(text, self._tokens, kept=task.files)
+        self._screen.app.call_from_thread(self._was_read, text, task, reading)
+
+    def _was_read(self, text: str, task: Task, reading: attach.Reading) -> None:
+        if text != self._composer.text or task is not self.task:
+            return  # more was written meanwhile
+        if reading.problems and self._warned != text:
+            self._warned = text
+            self.say(" ".join([*reading.problems, "Enter again sends it as it is."]))
+            return
+        self._screen.ask_with(text, reading.files, task)
+
+    def _tokens(self, text: str) -> int:
+        model = self._screen.qwen.host.model
+        return len(model.tokenizer.encode(text)) if model is not None else 0
+
+    def say(self, words: str) -> None:
+        """A line above the message; "" for nothing."""
+        self._notes.update(clean_line(words))
+        self._notes.display = bool(words)
+
+    # How much room it takes, and its draft
+
+    def changed(self) -> None:
+        """Something was typed: count and keep it soon, not at every key."""
+        self._turn += 1
+        self._count_timer.stop()
+        self._count_timer = self._screen.set_timer(_COUNT_S, self._count)
+        self._draft_timer.stop()
+        self._draft_timer = self._screen.set_timer(_DRAFT_S, self.keep_draft)
+
+    def count(self) -> None:
+        """Count anew at once."""
+        self._turn += 1
+        self._count()
+
+    def _count(self) -> None:
+        screen = self._screen
+        conversation = screen.session.conversation
+        if screen.busy or conversation.chat is None:
+            return
+        text = self._composer.text if self.task is _NEW else ""
+        screen.run_worker(partial(self._measure, self._turn, conversation, text), thread=True, group="count", exclusive=True)
+
+    def _measure(self, turn: int, conversation: Conversation, text: str) -> None:
+        """In a thread."""
+        reading = attach.read(text, self._tokens) if attach.mentions(text) else attach.Reading()
+        try:
+            measure = conversation.measure(joined(text, reading.files) if text.strip() else "")
+        except Qwen2LocalError:
+            return  # the model is gone; whoever asks it something will hear of it
+        self._screen.app.call_from_thread(self._measured, turn, conversation, measure, reading)
+
+    def _measured(self, turn: int, conversation: Conversation, measure: Measure, reading: attach.Reading) -> None:
+        if turn == self._turn and conversation is self._screen.session.conversation:
+            if self._warned != self._composer.text:
+                self.say(" · ".join(attach.summary(reading)))
+            self._screen.measured(measure)
+
+    def keep_draft(self) -> None:
+        """Keep what was typed, in the background."""
+        conversation = self._screen.session.conversation
+        if not conversation.temporary:
+            self._drafts[conversation.number] = self.draft
+            self._screen.run_worker(self.store_drafts, thread=True, group="draft")
+
+    def store_drafts(self) -> None:
+        """In a thread: drafts as they are by now."""
+        with self._storing:
+            while self._drafts:
+                number, text = self._drafts.popitem()
+                # A chat that is gone, a full disk: what was sent is what counts.
+                with suppress(Qwen2LocalError):
+                    self._screen.qwen.store.keep_draft(number, text)
+
+    def clear_draft(self, number: int | None) -> None:
+        """In a thread: it was sent."""
+        self._drafts[number] = ""
+        self.store_drafts()
+
+    def keep_last(self) -> None:
+        """In a thread, at the app's end."""
+        conversation = self._screen.session.conversation
+        if not conversation.temporary:
+            self._drafts[conversation.number] = self.draft
+        self.store_drafts()
