@@ -77,6 +77,13 @@ class Desk(ChatFile):
             found = db.execute("SELECT id FROM chats WHERE trashed <= ? ORDER BY trashed, id", (latest,))
             return [chat for (chat,) in found]
 
+    def require_listed(self, chat: int) -> None:
+        """Raises UnknownChat for a chat in the trash, as for one that is not there: for whoever asks by a number that he was told."""
+        with self._reading() as db:
+            row = db.execute("SELECT 1 FROM chats WHERE id = ? AND trashed IS NULL", (rows.number(chat),)).fetchone()
+        if row is None:
+            raise rows.unknown(chat)
+
     def questions(self, limit: int = 100) -> list[str]:
         """What was asked in any chat, without attached files, the newest first, each once."""
         with self._reading() as db:

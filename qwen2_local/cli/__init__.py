@@ -20,6 +20,7 @@ from qwen2_local.errors import Qwen2LocalError
 _COMMANDS = {
     # name: (module in this folder, help in one line)
     "run": ("run", "Answer one prompt, or a file of them."),
+    "app": ("app", "Open the app: chats, models and settings, full screen."),
     "chat": ("chat", "Talk with a model, line by line."),
     "chats": ("chats", "List, search, export, import and delete saved chats."),
     "pull": ("pull", "Fetch a model and install it."),
@@ -90,13 +91,17 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 def qwen2_local(context: click.Context) -> None:
     """Run Qwen2 language models on this computer, offline and private.
 
-    Without a command: a chat on a terminal; otherwise the built-in guide answers what comes on stdin.
+    Without a command: the app on a terminal; otherwise the built-in guide answers what comes on stdin.
     """
     if context.invoked_subcommand is None:
-        terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        command = qwen2_local.get_command(context, "chat" if terminal else "run")
-        assert command is not None
-        context.invoke(command)
+        from qwen2_local.cli.app import on_terminal, open_or_chat
+
+        if on_terminal():
+            open_or_chat(context)
+        else:
+            from qwen2_local.cli.run import run
+
+            context.invoke(run)
 
 
 def main() -> None:

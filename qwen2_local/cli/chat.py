@@ -90,6 +90,7 @@ def chat(
             if last:
                 number = _last(store)
             if number is not None:
+                store.require_listed(number)
                 model = model or store.summary(number).model or None
         model = model or "guide"
         with opened(model, loads) as loaded:

@@ -50,6 +50,7 @@ def list_(as_json: bool) -> None:
 def show(number: int, as_json: bool) -> None:
     """Print the chat ID, as it stands now. With --json all of it, all branches, ids and timings too."""
     with _store() as store:
+        store.require_listed(number)
         record = store.record(number)
     if as_json:
         print(exchange.to_json(record))
@@ -95,6 +96,8 @@ def export(numbers: tuple[int, ...], everything: bool, form: exchange.Format | N
     if form != "json" and (everything or len(numbers) > 1):
         raise click.UsageError(f"A file as {form} holds one chat. --format json takes many.")
     with _store() as store:
+        for number in numbers:
+            store.require_listed(number)
         records = map(store.record, [one.id for one in store.summaries()] if everything else numbers)
         write = {"json": exchange.to_json, "markdown": exchange.to_markdown, "openai": exchange.to_openai}[form]
         texts = (write(record).removesuffix("\n") + "\n" for record in records)
@@ -133,6 +136,7 @@ def import_(sources: tuple[str, ...], form: exchange.Format | None, as_json: boo
 def rename(number: int, title: str, as_json: bool) -> None:
     """Give the chat ID another TITLE; with "", that from its first question."""
     with _store() as store:
+        store.require_listed(number)
         store.rename(number, title)
         shown = store.summary(number).title
     if as_json:
@@ -151,7 +155,8 @@ def rm(numbers: tuple[int, ...], everything: bool, yes: bool, as_json: bool) -> 
     if everything == bool(numbers):
         raise click.UsageError("Say which chats, by their IDs, or --all.")
     with _store() as store:
-        doomed = [one.id for one in store.summaries()] if everything else sorted({store.summary(number).id for number in numbers})
+        every = [*(one.id for one in store.summaries()), *store.trashed()]
+        doomed = every if everything else sorted({store.summary(number).id for number in numbers})
         what = f"chat {doomed[0]} ({store.summary(doomed[0]).title})" if len(doomed) == 1 else f"{len(doomed):,} chats"
         if not doomed or not output.confirmed(what, yes=yes):
             doomed = []
@@ -168,6 +173,8 @@ def _store() -> Iterator[ChatStore]:
     with ChatStore.open() as store:
         for note in store.notes:
             output.note(f"note: {note}")
+        if store.kept:
+            deletion.purge(store, disk=kvcache.Disk(paths.kv()))
         yield store
 
 

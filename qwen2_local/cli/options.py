@@ -70,8 +70,8 @@ _LOAD = [
     ),
     click.option("--no-kv-cache", "kv_cache", is_flag=True, flag_value=False, default=None, help="Keep nothing of this text on the disk."),
     click.option("--force", is_flag=True, default=None, help="Load it also where it does not seem to fit into memory."),
-    click.option("--worker", is_flag=True, default=None, help="Run the model in a process of its own, so that its crash is only an error."),
 ]
+_WORKER = click.option("--worker", is_flag=True, default=None, help="Run the model in a process of its own, so that its crash is only an error.")
 
 
 def wishes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,6 +81,11 @@ def wishes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def loads(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that say how to load a model. The command gets what was given of them as one mapping, `loads`: arguments of `Qwen2`."""
+    return _together(command, "loads", [*_LOAD, _WORKER])
+
+
+def loads_apart(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a command that always runs the model in a process of its own."""
     return _together(command, "loads", _LOAD)
 
 

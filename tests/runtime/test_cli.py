@@ -18,7 +18,7 @@ from qwen2_local.store import Store, guide_folder
 from tests.support.installed import install
 from tests.support.program import Terminal, command, here, run
 
-COMMANDS = ("run", "chat", "chats", "ls", "show", "rm", "cache", "convert", "doctor", "completion")
+COMMANDS = ("run", "app", "chat", "chats", "ls", "show", "rm", "cache", "convert", "doctor", "completion")
 QUESTION = "What is GGUF?"
 WILD = ("--temperature", "100", "--seed", "3")
 """Makes long replies of random tokens."""
@@ -621,8 +621,8 @@ def test_ctrl_d_leaves_the_chat() -> None:
         assert terminal.end() == 0
 
 
-def test_alone_on_a_terminal_it_chats() -> None:
-    with Terminal() as terminal:
+def test_alone_on_a_simple_terminal_it_chats_line_by_line() -> None:
+    with Terminal(env={"TERM": "dumb"}) as terminal:
         terminal.wait_for("> ")
         terminal.type("/quit\n")
         assert terminal.end() == 0

@@ -424,6 +424,9 @@ def test_what_is_in_the_trash_is_in_no_list_and_may_come_back(store: ChatStore) 
     assert store.last_broken() == stays
     assert store.trashed() == [first, second]
     assert texts(store.record(first)) == ["zebra two"], "who has it open goes on"
+    with pytest.raises(UnknownChat):
+        store.require_listed(first)
+    store.require_listed(stays)
     store.restore([first])
     assert {one.id for one in store.summaries()} == {stays, first}
     assert [hit.chat.id for hit in store.search("zebra")] == [first, stays]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from qwen2_local import kvcache
 from qwen2_local.backends.base import Chunk
-from qwen2_local.chats import ChatMessage, ChatStore
+from qwen2_local.chats import ChatMessage, ChatStore, deletion
 from qwen2_local.cli.chats import chats
 from qwen2_local.errors import BadFile, UnknownChat, UsageError
 
@@ -140,3 +141,29 @@ def test_deleting(call: Call, folder: Path) -> None:
     assert "Deleted chat 1" in call("rm", "--all", "--yes").stderr
     assert kvcache.Disk(folder / "home" / "kv").names() == []
     assert call().stdout == ""
+
+
+def test_what_was_deleted_in_the_app_is_not_there(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChatStore.open() as store:
+        store.trash([1])
+    assert [line.split()[0] for line in call().stdout.splitlines()] == ["ID", "2"]
+    assert json.loads(call("search", "Mekong", "--json").stdout) == []
+    assert [json.loads(line)["title"] for line in call("export", "--all").stdout.splitlines()] == ["什么是量化？"]
+    for arguments in (("show", "1"), ("export", "1"), ("rename", "1", "x")):
+        with pytest.raises(UnknownChat):
+            call(*arguments)
+    with ChatStore.open() as store:
+        assert store.trashed() == [1], "the app may still bring it back"
+        later = time.time() + deletion.UNDO_S
+    monkeypatch.setattr("time.time", lambda: later)
+    call()
+    with ChatStore.open() as store, pytest.raises(UnknownChat):
+        store.record(1)
+
+
+def test_all_means_the_trash_as_well(call: Call) -> None:
+    with ChatStore.open() as store:
+        store.trash([1])
+    assert json.loads(call("rm", "--all", "--yes", "--json").stdout) == {"deleted": [2, 1]}
+    with ChatStore.open() as store:
+        assert store.trashed() == []
