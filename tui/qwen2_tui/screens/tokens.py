@@ -42,7 +42,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A reply's tokens; prompt: the ids before them. texts: to show; marks: which are control tokens. probabilities: empty while they are not known."""
+    """A reply's tokens. prompt: the ids before them. texts: to show. marks: which are control tokens. probabilities: empty until they are known."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]

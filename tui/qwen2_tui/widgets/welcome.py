@@ -102,6 +102,7 @@ class Welcome(VerticalScroll, can_focus=False):
         self.query_one("#what", Static).update(what)
         if [option.prompt for option in wanted] != [option.prompt for option in choices.options]:
             choices.set_options(wanted)
+            choices.highlighted = 0
 
     @on(OptionList.OptionSelected)
     def _chosen(self, event: OptionList.OptionSelected) -> None:
