@@ -209,6 +209,25 @@ def test_what_is_written_is_as_likely_as_it_is_scored(model: Qwen2) -> None:
     assert asyncio.run(model.aloglikelihood("What is GGUF?", token)).greedy
 
 
+def test_token_ids_are_scored_from_any_place_on(model: Qwen2) -> None:
+    ids = model.tokenizer.encode("GGUF is the file format of llama.cpp.")
+    whole, end = model.score_ids(ids, 1), model.score_ids(ids, len(ids) - 2)
+    assert whole == model.score("GGUF is the file format of llama.cpp.")
+    assert end.tokens == tuple(ids[-2:])
+    assert end.logprobs == pytest.approx(whole.logprobs[-2:], abs=1e-6)
+    for first in (0, len(ids), -1):
+        with pytest.raises(InvalidPrompt):
+            model.score_ids(ids, first)
+
+
+def test_what_is_known_of_a_prompt_is_what_is_cached(model: Qwen2) -> None:
+    chat = model.chat()
+    chat.send(f"{time.time()}: {QUESTION}", max_tokens=8)
+    said = [*chat.ids(), *model.tokenizer.encode("and more")]
+    assert model.known(said) == model.known(said) == model.write(said, max_tokens=1).finish().usage.cached_tokens
+    assert model.pid is None, "it runs in this process"
+
+
 def test_nothing_to_score(model: Qwen2) -> None:
     for call in (lambda: model.score(""), lambda: model.score("a"), lambda: model.loglikelihood("a", ""), lambda: model.loglikelihood("", "a")):
         with pytest.raises(InvalidPrompt):

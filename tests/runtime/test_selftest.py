@@ -13,6 +13,7 @@ from qwen2_local.backends import selftest, tinygguf
 from qwen2_local.backends.base import Layout, Row
 from qwen2_local.backends.llamacpp import LlamaCpp
 from qwen2_local.backends.selftest import Verdict
+from qwen2_local.loading import open_model
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,22 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     first = selftest.verdict()
     monkeypatch.setattr(selftest, "_test", never)
     assert selftest.verdict() == first
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_safe_mode_may_be_asked_for(home: Path, monkeypatch: pytest.MonkeyPatch, crashed: bool) -> None:
+    monkeypatch.setattr(selftest, "_test", lambda: Verdict(safe=crashed, fault="SIGSEGV" if crashed else "", tokens_per_s=1.0))
+    made: list[bool] = []
+    opened = open_model("guide", backend="llama.cpp", safe=True)
+    plain = open_model("guide", backend="llama.cpp")
+    assert (opened.plan.options.safe, plain.plan.options.safe) == (True, False)
+    load = LlamaCpp.load
+    monkeypatch.setattr(LlamaCpp, "load", lambda *given, **more: (made.append(more["safe"]), load(*given, **more))[1])
+    for one in (opened, plain):
+        backend = one.plan.load()
+        made.append(any("fast matrix code" in note for note in backend.info.notes))
+        backend.close()
+    assert made == [True, True, crashed, crashed]
 
 
 def test_the_expected_numbers_are_those_of_32_bit_weights(tmp_path: Path) -> None:

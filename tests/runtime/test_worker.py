@@ -16,7 +16,7 @@ import pytest
 from qwen2_local import kvcache, paths
 from qwen2_local.chatml import render
 from qwen2_local.engine import Event, Finished, Prefilled, Request, Token
-from qwen2_local.errors import ContextOverflow, UnsupportedSchema, WorkerDied
+from qwen2_local.errors import ContextOverflow, UnsupportedSchema, UsageError, WorkerDied
 from qwen2_local.loading import Opened, open_model
 from qwen2_local.types import Message, Sampling
 from qwen2_local.worker.client import RemoteEngine
@@ -96,6 +96,24 @@ def test_the_same_scores_as_in_this_process(opened: Opened, setup: Setup, remote
         here = engine.score(text, opened.tokenizer.size)
     assert np.array_equal(there.logprobs, here.logprobs)
     assert np.array_equal(there.greedy, here.greedy)
+
+
+def test_what_is_known_of_a_prompt_and_nothing_is_started_for_that(opened: Opened, setup: Setup) -> None:
+    asked = long_request(opened)
+    with closing(RemoteEngine(setup)) as engine:
+        assert engine.known(asked.prompt) < 100
+        list(engine.generate(asked))
+        assert engine.known(asked.prompt) == len(asked.prompt) - 1
+    with closing(RemoteEngine(setup)) as engine:
+        assert engine.known(asked.prompt) == len(asked.prompt) - 1, "on the disk"
+        pid = engine.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: engine.pid is None)
+        assert engine.known(asked.prompt) == 0
+        assert engine.pid is None
+    with pytest.raises(UsageError, match="closed"):
+        engine.known(asked.prompt)
 
 
 def test_what_does_not_fit_is_refused_with_the_counts(opened: Opened, remote: RemoteEngine) -> None:

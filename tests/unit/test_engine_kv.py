@@ -67,6 +67,27 @@ def test_an_edited_turn_computes_from_the_edit_on(make: Callable[..., Harness], 
     assert tokens(again) == expected([*said, 5], scrambled, most=3)
 
 
+def test_what_is_known_can_be_asked_before(make: Callable[..., Harness], kv: KvCache) -> None:
+    harness = make(kv=kv)
+    assert harness.engine.known(range(300)) == 0
+    said = chat(harness, 3)
+    other = chat(harness, 2, start=range(500, 900))
+    steps = len(harness.backend.batches)
+    asked = ([*said, 1], [*other, 2], [*said[:350], 7, 7], said[:300], said[:1], [])
+    told = [harness.engine.known(prompt) for prompt in asked]
+    assert [harness.engine.known(prompt) for prompt in asked] == told, "asking changes nothing"
+    assert len(harness.backend.batches) == steps, "and computes nothing"
+    assert told == [len(said) - 1, len(other) - 1, 350, 299, 0, 0]
+    assert [cached(harness.run(*prompt)) for prompt in asked[:4]] == told[:4], "so it comes"
+
+
+def test_who_asks_what_is_known_of_a_closed_model_is_told(make: Callable[..., Harness]) -> None:
+    harness = make()
+    harness.engine.close()
+    with pytest.raises(UsageError, match="closed"):
+        harness.engine.known([1, 2, 3])
+
+
 def test_another_chat_in_between_costs_nothing(make: Callable[..., Harness], kv: KvCache) -> None:
     harness = make(kv=kv)
     first = chat(harness, 2)

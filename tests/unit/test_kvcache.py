@@ -33,6 +33,18 @@ def test_a_second_turn_finds_the_first(cache: KvCache) -> None:
     assert cache.missing(FP, PROMPT[:900]) == [(512, 768), (768, 900)]
 
 
+@pytest.mark.parametrize("length", [10, 300, 599, 600, 900])
+def test_asking_how_much_is_known_says_the_same_and_changes_nothing(cache: KvCache, length: int) -> None:
+    save(cache, FP, PROMPT[:600])
+    assert cache.known(FP, PROMPT[:length]) == known(cache, FP, PROMPT[:length]) == min(length, 600)
+    save(cache, FP, [7] * 600)  # the other was used before this one
+    before = list(cache._memory._held)
+    cache.known(FP, PROMPT[:600])
+    assert list(cache._memory._held) == before
+    cache.close()
+    assert cache.known(FP, PROMPT[:600]) == 0
+
+
 def test_saving_a_turn_asks_only_for_what_is_new(cache: KvCache) -> None:
     assert cache.missing(FP, PROMPT[:600]) == [(0, 256), (256, 512), (512, 600)]
     save(cache, FP, PROMPT[:600])
