@@ -6,7 +6,7 @@ import pytest
 
 from qwen2_local.chat import Chat
 from qwen2_tui.screens.prompt import PromptScreen, prompt_of, texts_of
-from qwen2_tui.widgets.flow import Piece, laid
+from qwen2_tui.widgets.tokenflow import Piece, laid
 from tests.tui.pilot import make_app, screen_text, wait_for_text
 from tests.tui.scripted import ScriptedModel, guide_tokenizer
 

@@ -17,7 +17,7 @@ from textual.widgets import Footer, Static
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean
 from qwen2_tui import keys
-from qwen2_tui.widgets.flow import Flow, Piece
+from qwen2_tui.widgets.tokenflow import Flow, Piece
 
 if TYPE_CHECKING:
     from qwen2_local.chat import Chat
