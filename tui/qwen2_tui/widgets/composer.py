@@ -115,11 +115,18 @@ class Composer(TextArea):
 
     def action_send(self) -> None:
         """Sends what is written."""
+        # A binding with priority runs at once, while keys typed just before may still wait in this widget's queue: so it waits behind them.
+        self.call_later(self._send)
+
+    def _send(self) -> None:
         if self.text.strip():
             self.post_message(self.Sent(self.text))
 
     def action_newline(self) -> None:
         """A new line."""
+        self.call_later(self._newline)
+
+    def _newline(self) -> None:
         start, end = self.selection
         self._replace_via_keyboard("\n", start, end)
 
