@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on
 from textual.app import ComposeResult, SystemCommand
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static, TextArea
@@ -57,7 +57,12 @@ class ChatScreen(Screen[None]):
     }
     """
     AUTO_FOCUS = "#composer"
-    BINDINGS: ClassVar[list[BindingType]] = [bind(f"offer.{number}", f"offer({number})", priority=True) for number in range(1, 5)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(bind(f"offer.{number}", f"offer({number})", priority=True) for number in range(1, 5)),
+        # From the message, which is last on the screen, to the conversation, and on to the chats.
+        Binding("tab", "app.focus_previous", show=False),
+        Binding("shift+tab", "app.focus_next", show=False),
+    ]
 
     def compose(self) -> ComposeResult:
         """From the top to the bottom."""
