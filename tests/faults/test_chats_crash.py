@@ -10,7 +10,8 @@ import pytest
 
 from qwen2_local import chat as chat_module
 from qwen2_local.chat import Chat
-from qwen2_local.chats import ChatMessage, ChatStore, schema
+from qwen2_local.chats import ChatMessage, ChatStore, deletion, schema
+from qwen2_local.kvcache import Disk
 from tests.support import sqlite_faults
 from tests.support.scripted_chat import ScriptedModel
 
@@ -25,7 +26,7 @@ def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def talk(folder: Path) -> None:
-    """Three turns and an edit in one chat, a second chat that is deleted; what is done is written down in `progress`."""
+    """Three turns and an edit in one chat, a second chat with a draft that goes through the trash; what is done is written down in `progress`."""
     progress = os.open(folder / "progress", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     with ChatStore.open(folder / "chats.db") as store:
@@ -37,7 +38,13 @@ def talk(folder: Path) -> None:
             os.write(progress, b"T")
         other = Chat(model, store=store)
         other.send("secretword")
-        other.delete()
+        assert other.number is not None
+        store.keep_draft(None, "secretdraft")
+        store.keep_draft(None, "")
+        store.keep_draft(other.number, "secretdraft")
+        store.keep_options(other.number, {"system": "secretoption"})
+        store.trash([other.number])
+        deletion.purge(store, disk=Disk(folder / "kv"), chats=[other.number])
         os.write(progress, b"D")
         chat.edit(0, "edited")
         os.write(progress, b"E")
@@ -56,6 +63,7 @@ def check(folder: Path) -> None:
         assert set(chats) <= {1, 2}
         if "D" in done:
             assert set(chats) == {1}
+            assert store.trashed() == []
         if not chats:
             assert "p" not in done, "the question is kept before the model begins"
             return
@@ -77,7 +85,8 @@ def check(folder: Path) -> None:
         chat = Chat.load(ScriptedModel("again"), 1, store)
         chat.send("next")
         assert store.search("again")
-        store.delete(list(chats), forget=lambda names: None)
+        store.keep_draft(None, "")
+        store.delete([*chats, *store.trashed()], forget=lambda names: None)
     left = b"".join(file.read_bytes() for file in folder.iterdir() if file.name.startswith("chats.db"))
     assert b"secret" not in left
 
