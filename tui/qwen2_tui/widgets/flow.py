@@ -1,183 +1,296 @@
-"""Tokens as running text: each a piece with a style of its own, broken at the width as a terminal would, only the seen lines drawn.
-
-For raw views, so no word is moved: a line ends where the text or the width does. A newline is seen as ↵.
-"""
+"""The turns of a conversation as one column of lines: what is where, without rendering what is not seen."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 from rich.cells import cell_len
-from rich.segment import Segment
-from rich.style import Style
-from textual import events
-from textual.geometry import Region, Size
-from textual.message import Message
-from textual.reactive import reactive
-from textual.scroll_view import ScrollView
-from textual.strip import Strip
 
-from qwen2_local.sanitize import clean
+from qwen2_local.chats import State
+from qwen2_local.sanitize import clean, clean_line
+from qwen2_local.types import Role
+from qwen2_tui.markdown.document import Document
+from qwen2_tui.markdown.ink import BOLD, Kind, ink
+from qwen2_tui.markdown.render import MEASURE, Line
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A token's text, and the name of the style it is shown in. mark: a control token, shown by its name."""
-
-    text: str
-    style: str = ""
-    mark: bool = False
+HEAD = -1  # the "block" of the role line, with the free line above it
+FOOT = (1 << 21) - 2  # that of the line below the text
+NEAR = 40  # turns on both sides of what is seen whose lines are kept
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """A part of a line: cells from `column` on, of the piece number `piece`."""
+class Turn:
+    """A message as it is shown. number, count: which alternative of how many. footer: a quiet line under it."""
 
-    column: int
+    key: int
+    role: Role
+    name: str
     text: str
-    piece: int
+    state: State = "whole"
+    number: int = 1
+    count: int = 1
+    footer: str = ""
 
 
-def laid(pieces: Sequence[Piece], width: int) -> list[list[Run]]:
-    """The lines of `pieces` at so many cells. A piece may lie in several, and one without text in none."""
-    width = max(width, 2)
-    lines: list[list[Run]] = [[]]
-    column = 0
-    for number, piece in enumerate(pieces):
-        for rank, part in enumerate(clean(piece.text).expandtabs(4).split("\n")):
-            if rank:
-                if column >= width:
-                    lines.append([])
-                    column = 0
-                lines[-1].append(Run(column, "↵", number))
-                lines.append([])
-                column = 0
-            while part:
-                room = width - column
-                head, part = _cut(part, room)
-                if head:
-                    lines[-1].append(Run(column, head, number))
-                    column += cell_len(head)
-                if part:
-                    lines.append([])
-                    column = 0
-    return lines
+class Place(NamedTuple):
+    """Where a line is, whatever the heights of what is above it: turn, block of its text (or HEAD, FOOT), line in that."""
 
-
-def _cut(text: str, room: int) -> tuple[str, str]:
-    """What fits into so many cells, and the rest."""
-    if len(text) <= room and cell_len(text) <= room:
-        return text, ""
-    used = 0
-    for place, letter in enumerate(text):
-        used += cell_len(letter)
-        if used > room:
-            return text[:place], text[place:]
-    return text, ""
-
-
-class Flow(ScrollView, can_focus=True):
-    """Shows pieces; one of them may be selected."""
-
-    DEFAULT_CSS = """
-    Flow { height: 1fr; scrollbar-size-vertical: 1; background: $surface; }
-    """
-
-    selected: reactive[int | None] = reactive(None)
-
-    class Selected(Message):
-        """A piece was clicked, or moved to."""
-
-        def __init__(self, piece: int) -> None:
-            super().__init__()
-            self.piece = piece
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._pieces: Sequence[Piece] = ()
-        self._styles: dict[str, Style] = {}
-        self._lines: list[list[Run]] = [[]]
-        self._where: list[tuple[int, int]] = []
-        self._width = 0
+    turn: int
+    block: int
+    line: int
 
     @property
-    def pieces(self) -> Sequence[Piece]:
+    def code(self) -> int:
+        """One number for it, in the same order."""
+        return self.turn << 42 | (self.block + 1) << 20 | self.line
+
+    @classmethod
+    def of(cls, code: int) -> Place:
+        """The place of that number."""
+        return cls(code >> 42, (code >> 20 & (1 << 22) - 1) - 1, code & (1 << 20) - 1)
+
+
+class Shown:
+    """A turn at a width. Its text is looked at when the first of its lines is."""
+
+    def __init__(self, turn: Turn, width: int) -> None:
+        self.turn = turn
+        self.width = width
+        self._document: Document | None = None
+        self._head = self._header()
+        self._foot = [Line([(text, ink(Kind.QUIET))])] if (text := clean_line(turn.footer)) else []
+
+    def _header(self) -> list[Line]:
+        turn = self.turn
+        kind = Kind.USER if turn.role == "user" else Kind.MODEL if turn.role == "assistant" else Kind.QUIET
+        runs = [(clean_line(turn.name), ink(kind, BOLD))]
+        notes = [f"‹ {turn.number}/{turn.count} ›"] if turn.count > 1 else []
+        if turn.state == "partial":
+            notes.append("broke off")
+        if notes:
+            note = "  ".join(notes)
+            space = min(self.width, MEASURE) - cell_len(runs[0][0]) - cell_len(note)
+            runs += [(" " * max(space, 2), ink(Kind.TEXT)), (note, ink(Kind.QUIET))]
+        return [Line([]), Line(runs)]
+
+    @property
+    def opened(self) -> bool:
+        """Its text was looked at."""
+        return self._document is not None
+
+    @property
+    def document(self) -> Document:
+        """Its text."""
+        if self._document is None:
+            self._document = Document(clean(self.turn.text), self.width, markdown=self.turn.role == "assistant")
+            self._document.finish()
+        return self._document
+
+    def grow(self) -> None:
+        """Its text is not whole yet."""
+        self._document = Document(clean(self.turn.text), self.width)
+
+    def turned(self, turn: Turn) -> Shown:
+        """The same for `turn`, whose text is the same."""
+        other = Shown(turn, self.width)
+        other._document = self._document
+        return other
+
+    def resize(self, width: int) -> None:
+        """Another width."""
+        if width != self.width:
+            self.width = width
+            self._head = self._header()
+            if self._document is not None:
+                self._document.resize(width)
+
+    def forget(self) -> None:
+        """Keeps heights only."""
+        if self._document is not None:
+            self._document.forget()
+
+    @property
+    def height(self) -> int:
+        """Lines in all: estimated, until they were rendered."""
+        return len(self._head) + self._body() + len(self._foot)
+
+    def _body(self) -> int:
+        if self._document is not None:
+            return self._document.height
+        text = self.turn.text
+        return 1 + text.count("\n") + (len(text) if text.isascii() else 2 * len(text)) // max(min(self.width, MEASURE), 1)
+
+    def prepare(self, first: int, last: int) -> bool:
+        """Renders lines from `first` to before `last`; whether the height of anything changed."""
+        before = self.height
+        document = self.document
+        changed = document.prepare(max(first - len(self._head), 0), min(last - len(self._head), document.height))
+        return changed or self.height != before
+
+    def line(self, number: int) -> Line:
+        """A line."""
+        head = len(self._head)
+        if number < head:
+            return self._head[number]
+        number -= head
+        return self.document.line(number) if number < self.document.height else self._foot[number - self.document.height]
+
+    def all(self) -> Iterator[tuple[int, list[Line]]]:
+        """All its lines, block by block."""
+        yield HEAD, self._head
+        for block in range(self.document.blocks):
+            yield block, self.document.lines(block)
+        yield FOOT, self._foot
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Block and line of a line."""
+        head = len(self._head)
+        if number < head:
+            return HEAD, number
+        number -= head
+        body = self._body()
+        if number >= body:
+            return FOOT, number - body
+        return self.document.place(number)
+
+    def number(self, block: int, line: int) -> int:
+        """The line at a place."""
+        head = len(self._head)
+        if block == HEAD:
+            return min(line, head - 1)
+        if block == FOOT:
+            return head + self._body() + line
+        return head + self.document.number(block, line)
+
+
+class Flow:
+    """All turns. Lines are counted from 0 to `height`."""
+
+    def __init__(self, turns: Iterable[Turn] = (), width: int = 80) -> None:
+        self._width = width
+        self._shown = [Shown(turn, width) for turn in turns]
+        self._starts: list[int] | None = None
+        self._near = range(0)
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    def __getitem__(self, turn: int) -> Shown:
+        return self._shown[turn]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
         """What is shown."""
-        return self._pieces
+        return tuple(shown.turn for shown in self._shown)
 
-    def show(self, pieces: Sequence[Piece], styles: dict[str, Style]) -> None:
-        """Other pieces; styles by the names that they use."""
-        same = [piece.text for piece in pieces] == [piece.text for piece in self._pieces]
-        self._pieces, self._styles = pieces, styles
-        if same and self._width:
-            self.refresh()
+    def append(self, turn: Turn) -> None:
+        """One more turn."""
+        self._shown.append(Shown(turn, self._width))
+        self._starts = None
+
+    def replace(self, index: int, turn: Turn) -> None:
+        """Another turn in that place."""
+        before = self._shown[index]
+        same = (turn.text, turn.role) == (before.turn.text, before.turn.role)
+        self._shown[index] = before.turned(turn) if same else Shown(turn, self._width)
+        self._starts = None
+
+    def truncate(self, count: int) -> None:
+        """Only the first `count` turns stay."""
+        del self._shown[count:]
+        self._starts = None
+
+    def grow(self) -> None:
+        """The last turn will be fed."""
+        self._shown[-1].grow()
+        self._starts = None
+
+    def feed(self, text: str) -> None:
+        """More of the last turn."""
+        self._shown[-1].document.feed(text)
+        self._starts = None
+
+    def end(self, turn: Turn, fed: str) -> None:
+        """The last turn is whole. fed: the text that it was fed, or began with."""
+        last = self._shown[-1]
+        if clean(turn.text) == fed:
+            last.document.finish()
+            self._shown[-1] = last.turned(turn)
         else:
-            self._lay()
+            self._shown[-1] = Shown(turn, self._width)
+        self._starts = None
 
-    def on_resize(self) -> None:
-        """Other widths break elsewhere."""
-        if self.size.width != self._width:
-            self._lay()
+    def resize(self, width: int) -> bool:
+        """Another width; False if it is the one that there was."""
+        if width == self._width:
+            return False
+        self._width = width
+        for shown in self._shown:
+            shown.resize(width)
+        self._starts = None
+        return True
 
-    def _lay(self) -> None:
-        self._width = self.size.width
-        if not self._width:
-            return
-        self._lines = laid(self._pieces, self._width)
-        places: dict[int, tuple[int, int]] = {}
-        for row, line in enumerate(self._lines):
-            for run in line:
-                places.setdefault(run.piece, (row, run.column))
-        last = (0, 0)
-        self._where = [last := places.get(number, last) for number in range(len(self._pieces))]
-        self.virtual_size = Size(self._width, len(self._lines))
-        self.refresh()
-        self._reveal()
+    def _open(self, turn: int) -> None:
+        """Looks at the text of a turn: its height is better known then."""
+        if not self._shown[turn].opened:
+            _ = self._shown[turn].document
+            self._starts = None
 
-    def watch_selected(self) -> None:
-        """It is always seen."""
-        self.refresh()
-        self._reveal()
+    def _begins(self) -> list[int]:
+        if self._starts is None:
+            self._starts = list(accumulate((shown.height for shown in self._shown), initial=0))
+        return self._starts
 
-    def _reveal(self) -> None:
-        if self.selected is not None and self.selected < len(self._where):
-            self.scroll_to_region(Region(0, self._where[self.selected][0], 1, 1), animate=False, immediate=True)
+    @property
+    def height(self) -> int:
+        """Lines in all, estimates among them."""
+        return self._begins()[-1]
 
-    def move_lines(self, by: int) -> None:
-        """Select what lies so many lines below the selected piece."""
-        if self.selected is None or not self._where:
-            return
-        row, column = self._where[self.selected]
-        row = max(0, min(row + by, len(self._lines) - 1))
-        while 0 < row < len(self._lines) - 1 and not self._lines[row]:
-            row += 1 if by > 0 else -1
-        if self._lines[row]:
-            self.selected = self._at(row, column)
+    def start(self, turn: int) -> int:
+        """The first line of a turn."""
+        return self._begins()[turn]
 
-    def _at(self, row: int, column: int) -> int:
-        line = self._lines[row]
-        return line[max(0, bisect_right([run.column for run in line], column) - 1)].piece
+    def turn_at(self, line: int) -> int:
+        """The turn that a line is in."""
+        return min(max(bisect_right(self._begins(), line) - 1, 0), len(self._shown) - 1)
 
-    def on_click(self, event: events.Click) -> None:
-        """Select what was clicked."""
-        row, column = event.y + self.scroll_offset.y, event.x
-        if self.selected is not None and row < len(self._lines) and self._lines[row]:
-            self.selected = self._at(row, column)
-            self.post_message(self.Selected(self.selected))
+    def place(self, line: int) -> Place:
+        """Where a line is."""
+        turn = self.turn_at(line)
+        start = self._begins()[turn]
+        self._open(turn)
+        return Place(turn, *self._shown[turn].place(line - start))
 
-    def render_line(self, y: int) -> Strip:
-        """One line that is seen."""
-        base = self.rich_style
-        row = y + self.scroll_offset.y
-        if row >= len(self._lines):
-            return Strip.blank(self.size.width, base)
-        segments = []
-        for run in self._lines[row]:
-            piece = self._pieces[run.piece]
-            style = base + self._styles.get(piece.style, Style.null())
-            if run.piece == self.selected:
-                style += Style(reverse=True)
-            segments.append(Segment(run.text, style))
-        return Strip(segments).adjust_cell_length(self.size.width, base)
+    def number(self, place: Place) -> int:
+        """The line at a place, now."""
+        turn = min(place.turn, len(self._shown) - 1)
+        self._open(turn)
+        return self._begins()[turn] + self._shown[turn].number(place.block, place.line)
+
+    def line(self, number: int) -> Line:
+        """A line; it should be prepared."""
+        turn = self.turn_at(number)
+        return self._shown[turn].line(number - self._begins()[turn])
+
+    def prepare(self, first: int, last: int) -> bool:
+        """Renders lines from `first` to before `last`; whether any height came out other than it was taken for."""
+        changed = False
+        starts = self._begins()
+        turns = range(self.turn_at(max(first, 0)), self.turn_at(max(last - 1, 0)) + 1) if self._shown else range(0)
+        for turn in turns:
+            changed = self._shown[turn].prepare(first - starts[turn], last - starts[turn]) or changed
+        if changed:
+            self._starts = None
+        self._keep_near(turns)
+        return changed
+
+    def _keep_near(self, turns: range) -> None:
+        kept = range(max(turns.start - NEAR, 0), turns.stop + NEAR)
+        for turn in self._near:
+            if turn not in kept and turn < len(self._shown):
+                self._shown[turn].forget()
+        self._near = kept

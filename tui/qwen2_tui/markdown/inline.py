@@ -1,0 +1,72 @@
+"""What stands inside a paragraph, heading or cell: emphasis, code, links, as runs."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from qwen2_tui.markdown.ink import ADDRESS, BOLD, CODE, ITALIC, LINK, STRIKE, Ink, Kind, Run, ink
+
+# markdown-it looks for the end of every bracket, in time that grows with their square: past so many the text is shown as it is.
+BRACKETS = 150
+_PLAIN = re.compile(r"[^\\`*_\[\]<>&~!]*")
+_BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
+_FLAGS = {"strong": BOLD, "em": ITALIC, "link": LINK, "s": STRIKE}
+
+
+def _parser() -> MarkdownIt:
+    made = MarkdownIt("commonmark").enable("strikethrough")
+    # Addresses are shown, never opened: as they were written, whatever their scheme.
+    made.normalizeLink = lambda url: url  # type: ignore[method-assign]
+    made.validateLink = lambda url: True  # type: ignore[method-assign]
+    return made
+
+
+_MARKDOWN = _parser()
+
+
+@lru_cache(2048)
+def runs(text: str, kind: Kind = Kind.TEXT, flags: int = 0) -> tuple[Run, ...]:
+    """`text` as runs of `kind`; every newline in it stays one (a model that begins a line means it). flags: what all of it has."""
+    if _PLAIN.fullmatch(text) or text.count("[") > BRACKETS:
+        return ((text, ink(kind, flags)),)
+    tokens = _MARKDOWN.parseInline(text)
+    made: list[Run] = []
+    for token in tokens:
+        _walk(token.children or (), kind, flags, made)
+    return tuple(made)
+
+
+def _walk(tokens: list[Token] | tuple[Token, ...], kind: Kind, base: int, made: list[Run]) -> None:
+    depth = dict.fromkeys(_FLAGS, 0)
+    flags = base
+    address = label = ""
+    for token in tokens:
+        name, _, side = token.type.rpartition("_")
+        if side in ("open", "close") and name in _FLAGS:
+            depth[name] += 1 if side == "open" else -1
+            flags = base | sum(flag for one, flag in _FLAGS.items() if depth[one])
+            if name == "link" and side == "open":
+                address, label = str(token.attrGet("href") or ""), ""
+            elif name == "link" and address not in ("", label, "mailto:" + label):
+                made.append((f" ({address})", ink(kind, base | ADDRESS)))
+            continue
+        if token.type == "image":
+            shown = token.content or "image"
+            made.append((f"{shown} ({token.attrGet('src') or ''})", ink(kind, flags | ADDRESS)))
+            continue
+        if token.type in ("softbreak", "hardbreak") or (token.type == "html_inline" and _BREAK.fullmatch(token.content)):
+            made.append(("\n", ink(kind, flags)))
+            continue
+        shown = token.content
+        if address:
+            label += shown
+        if shown:
+            made.append((shown, _ink(kind, flags, code=token.type == "code_inline")))
+
+
+def _ink(kind: Kind, flags: int, *, code: bool) -> Ink:
+    return ink(kind, flags | CODE if code else flags)
