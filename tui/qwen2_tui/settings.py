@@ -77,6 +77,11 @@ def with_options(base: ChatSettings, options: Mapping[str, Any]) -> ChatSettings
     return replace(base, **{one.name: value for one, value in given if (value is None and one.unset) or not one.problem(value)})
 
 
+def applied(preset: ChatSettings, base: ChatSettings) -> ChatSettings:
+    """What a chat has with a preset: what the preset sets, and the rest as every new chat."""
+    return replace(base, **{one.name: value for one in CHAT if (value := getattr(preset, one.name)) is not None and value is not False})
+
+
 class SettingsFile:
     """The file at `path`; it need not be there."""
 
