@@ -31,7 +31,8 @@ FLOORS = (
     ("chat", "model"),
     ("cli", "qwen2_tui"),
 )
-LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "mlx", "numpy", "platformdirs", "textual", "tokenizers", "tomlkit"}
+LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "markdown_it", "mlx", "numpy", "platformdirs"}
+LIBRARIES |= {"pygments", "rich", "textual", "tokenizers", "tomlkit"}
 COMPUTING = {"llama_cpp", "mlx"}
 HEAVY = {"llama_cpp", "llguidance", "mlx", "textual", "rich", "tokenizers", "huggingface_hub", "httpx2", "torch", "transformers"}
 
