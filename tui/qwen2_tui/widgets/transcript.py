@@ -234,7 +234,7 @@ class Transcript(ScrollView, can_focus=True):
         self._unseen = self._unseen and not self._follow
         self._move(y)
 
-    def scroll_to(self, x: float | None = None, y: float | None = None, *, animate: bool = True, **options: object) -> None:  # type: ignore[override]
+    def scroll_to(self, x: float | None = None, y: float | None = None, *, animate: bool = True, **options: object) -> None:
         """Scrolls at once: what is passed on the way need not be rendered."""
         super().scroll_to(x, y, animate=False, **options)  # type: ignore[arg-type]
 
