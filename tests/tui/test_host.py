@@ -59,11 +59,11 @@ def test_at_first_there_is_nothing():
 
 def test_it_loads_and_tells_on_the_ui_thread():
     model = ScriptedModel(notes=("It is slow here.",))
-    stage = Stage(ScriptedLoader(model, reports=[("converting guide", 41, 100)]))
+    stage = Stage(ScriptedLoader(model, reports=[("converting", 41, 100)]))
     stage.host.load(LoadWish("guide"))
     assert stage.host.state.phase == "loading" and stage.host.model is None
     assert stage.ready() is model
-    assert [(state.phase, state.words) for state in stage.told] == [("loading", "loading guide"), ("loading", "converting guide 41 %"), ("ready", "")]
+    assert [(state.phase, state.words) for state in stage.told] == [("loading", "loading guide"), ("loading", "preparing guide: converting 41 %"), ("ready", "")]
     assert stage.told[-1].notes == ("It is slow here.",)
     assert stage.threads == {threading.current_thread().name}
 
@@ -72,8 +72,8 @@ def test_progress_is_told_a_few_times_a_second_and_at_its_end():
     stage = Stage(ScriptedLoader(reports=[("converting", done, 1000) for done in range(1001)]))
     stage.host.load(LoadWish())
     stage.ready()
-    said = [state.words for state in stage.told if state.words.startswith("converting")]
-    assert len(said) < 10 and said[-1] == "converting 100 %"
+    said = [state.words for state in stage.told if "converting" in state.words]
+    assert len(said) < 10 and said[-1] == "preparing guide: converting 100 %"
 
 
 def test_a_switch_closes_the_model_before_it_first(held: ScriptedLoader):

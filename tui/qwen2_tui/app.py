@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,10 +24,14 @@ from qwen2_local.chats import ChatStore
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_tui import keys, logfile
+from qwen2_tui.commands import commands
+from qwen2_tui.ending import on_signals
 from qwen2_tui.events import HostChanged, JobChanged, SettingsChanged
 from qwen2_tui.host import Host, HostState
-from qwen2_tui.model import DEFAULT, Loader, LoadWish, load
+from qwen2_tui.model import Loader, LoadWish, load
+from qwen2_tui.opening import Opening, first_model, wish_of
 from qwen2_tui.screens.chat import ChatScreen
+from qwen2_tui.screens.small import HEIGHT, WIDTH, SmallScreen
 from qwen2_tui.settings import Settings, SettingsFile
 from qwen2_tui.theme import DARK, LIGHT, OURS, theme_named
 
@@ -41,19 +43,7 @@ _log = logging.getLogger(__name__)
 _AGAIN_S = 3.0
 _LEAVE_S = 1.5
 _SWEEP_S = 3.0  # the first screen comes first
-_LEAST = (60, 20)
-_HIDDEN_BY_MODALS = {"new", "temporary", "search", "sidebar", "models", "settings", "help", "undo"}
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What a person asked for on the command line; see `run`."""
-
-    model: str | None = None
-    chat: int | None = None
-    continue_last: bool = False
-    temporary: bool = False
-    loads: Mapping[str, Any] = field(default_factory=dict)
+_HIDDEN_BY_MODALS = {"command_palette", "new", "temporary", "search", "sidebar", "models", "settings", "help", "undo"}
 
 
 class QwenApp(App[None]):
@@ -107,9 +97,8 @@ class QwenApp(App[None]):
             jobs.tell = self._job_changed
         self._library: Library | None = None
         self._interrupted = 0.0
-        self._leaving = False
-        self.crash: BaseException | None = None
-        """What ended the app before its time."""
+        self._said: set[str] = set()
+        self._begun = self._leaving = self._panicked = False
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self._take_settings(read)
@@ -145,34 +134,29 @@ class QwenApp(App[None]):
         """Show the chat first; the model loads behind it."""
         for note in (*self.store.notes, *self._notes):
             self.tell(note, problem=True)
-        loop = asyncio.get_running_loop()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                with suppress(NotImplementedError, RuntimeError):
-                    loop.add_signal_handler(number, self._told_to_end)
+        if threading.current_thread() is threading.main_thread() and not self.is_headless:
+            on_signals(self._quit_soon, self.leave)
         self.call_after_refresh(self._begin)
 
+    def on_resize(self) -> None:
+        """Too small is said, instead of shown."""
+        self.call_later(self._fit)
+
+    def _fit(self) -> None:
+        if self.size.width < WIDTH or self.size.height < HEIGHT:
+            self._open(SmallScreen)
+        elif isinstance(self.screen, SmallScreen):
+            self.pop_screen()
+
     def _begin(self) -> None:
+        self._begun = True
         self.host.load(self.wish())
         self.set_timer(_SWEEP_S, lambda: self.run_worker(lambda: self.library.sweep(), thread=True, exit_on_error=False))
 
     def wish(self, name: str | None = None) -> LoadWish:
         """How to load the model `name`, as settings and command line say; None: the one that they name."""
         wanted = self.settings.model
-        name = name or self.opening.model or self._model_of_chat() or wanted.model or DEFAULT
-        wish = LoadWish(name, wanted.backend, wanted.context, wanted.kv_bits or 16, wanted.draft)
-        known = {one.name for one in fields(LoadWish)}
-        return replace(wish, **{key: value for key, value in self.opening.loads.items() if key in known and value is not None})
-
-    def _model_of_chat(self) -> str | None:
-        """That of the chat with which the app opens."""
-        with suppress(Qwen2LocalError):
-            if self.opening.chat is not None:
-                return self.store.summary(self.opening.chat).model or None
-            if self.opening.continue_last:
-                newest = max(self.store.summaries(), key=lambda one: (one.used, one.id), default=None)
-                return newest.model or None if newest is not None else None
-        return None
+        return wish_of(self.opening, wanted, name or first_model(self.opening, wanted, self.store))
 
     def about_model(self) -> tuple[str, ...]:
         """Name, quantization and backend of the model, as far as they are known."""
@@ -245,7 +229,9 @@ class QwenApp(App[None]):
     def _host_changed(self, state: HostState) -> None:
         self.host_state = state
         for note in state.notes:
-            self.tell(note)
+            if note not in self._said:
+                self._said.add(note)
+                self.tell(note)
         self._tell_screens(lambda: HostChanged(state))
 
     def _job_changed(self, job: Job) -> None:
@@ -331,7 +317,7 @@ class QwenApp(App[None]):
         elif self.chat_screen.stop():
             self._interrupted = 0.0
         elif time.monotonic() - self._interrupted < _AGAIN_S:
-            self.run_worker(self.action_quit(), name="quit")
+            self._quit_soon()
         else:
             self._interrupted = time.monotonic()
             self.tell("Press ctrl+c again to quit.")
@@ -354,28 +340,7 @@ class QwenApp(App[None]):
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """Everything that can be done."""
-        for shown in dict.fromkeys((screen, self.chat_screen)):
-            if hasattr(shown, "commands"):
-                yield from shown.commands()
-        for id, title, act in (
-            ("app.new", "New chat", self.action_new),
-            ("app.temporary", "New temporary chat", self.action_temporary),
-            ("app.search", "Search chats", self.action_search),
-            ("app.sidebar", "Show or hide chats", self.action_sidebar),
-            ("app.undo", "Undo the deletion of chats", self.action_undo),
-            ("app.models", "Models", self.action_models),
-            ("app.settings", "Settings", self.action_settings),
-            ("app.help", "Help", self.action_help),
-        ):
-            yield SystemCommand(title, f"{keys.BY_ID[id].help or keys.BY_ID[id].words} · {self.key_of(id)}", act)
-        yield SystemCommand("Compare two models", "one prompt, side by side", self.open_compare)
-        if self.host.state.phase in ("ready", "failed"):
-            yield SystemCommand("Restart the model", "load it again", lambda: self.host.restart(safe=False))
-            yield SystemCommand("Restart the model in safe mode", "slower, without special matrix code", lambda: self.host.restart(safe=True))
-        for short, full in OURS.items():
-            yield SystemCommand(f"Theme: {short}", "colours", lambda full=full: setattr(self, "theme", full))
-        yield SystemCommand("Theme: choose", "all themes there are", self.action_change_theme)
-        yield SystemCommand("Quit", f"nothing is lost · {self.key_of('app.quit')}", self.action_quit)
+        return commands(self, screen)
 
     def key_of(self, id: str) -> str:
         """The keys of a row of the table as they are now, for people."""
@@ -388,15 +353,18 @@ class QwenApp(App[None]):
         if self._leaving:
             return
         self._leaving = True
-        leaving = threading.Thread(target=self._leave, name="qwen2-local leaves", daemon=True)
+        leaving = threading.Thread(target=self.leave, name="qwen2-local leaves", daemon=True)
         leaving.start()
         until = time.monotonic() + _LEAVE_S
         while leaving.is_alive() and time.monotonic() < until:
             await asyncio.sleep(0.01)
         self.exit()
 
-    def _leave(self) -> None:
-        """In a thread. Each part for itself: what fails in one must not cost the others."""
+    def _quit_soon(self) -> None:
+        self.run_worker(self.action_quit(), name="quit")
+
+    def leave(self) -> None:
+        """Keep everything, and let go of the model. For a thread. Each part for itself: what fails in one must not cost the others."""
         parts: list[Callable[[], object]] = [self.chat_screen.leave]
         if self._jobs is not None:
             parts.append(self._jobs.close)
@@ -408,23 +376,29 @@ class QwenApp(App[None]):
             except Exception:
                 _log.exception("leaving")
 
-    def _told_to_end(self) -> None:
-        self.run_worker(self.action_quit(), name="quit")
-
     def _fatal_error(self) -> None:
         """A person gets the terminal back and one sentence (`hold`), never a screen full of Python."""
         self._close_messages_no_wait()
 
+    def panic(self, *renderables: object) -> None:
+        """The same for what is no exception of the app's own."""
+        _log.critical("panic: %s", renderables)
+        self._panicked = True
+        self._close_messages_no_wait()
+
     def hold(self) -> int:
-        """Run until the person leaves; the exit code."""
+        """Run until the person leaves; the exit code. Raises what keeps the app from beginning at all."""
         logfile.begin()
         self.run()
         error = self._exception
-        if error is None:
+        if error is None and not self._panicked:
             return self.return_code or 0
-        self._leave()
         _log.critical("the app crashed", exc_info=error)
-        if logfile.debugging():
+        self.leave()
+        if error is not None and not self._begun:
+            raise error
+        if error is not None and logfile.debugging():
             traceback.print_exception(error)
-        print(f"error: the app crashed ({type(error).__name__}). Your chats are kept.\n  {logfile.path()} says more.", file=sys.stderr)
+        what = type(error).__name__ if error is not None else "the terminal"
+        print(f"error: the app crashed ({what}). Your chats are kept.\n  {logfile.path()} says more.", file=sys.stderr)
         return 1

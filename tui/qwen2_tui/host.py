@@ -24,7 +24,7 @@ _MEMORY_EVERY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class HostState:
-    """How things are with the model. words: what is going on ("converting guide 41 %"), or what went wrong; hint: what to do then.
+    """How things are with the model. words: what is going on ("preparing guide: converting 41 %"), or what went wrong; hint: what to do then.
 
     empty: nothing was asked for yet. failed: there is no model, or its process died (crashed): then a restart brings it back.
     notes: sentences that a person should see once.
@@ -141,7 +141,7 @@ class Host:
             now = time.monotonic()
             if now - last >= _TELL_EVERY_S or done == total:
                 last = now
-                words = clean_line(f"{what} {100 * done // total} %" if total else what)
+                words = clean_line(f"preparing {wish.name}: {what}" + (f" {100 * done // total} %" if total else ""))
                 self._on_ui(lambda: self._progress(turn, wish, words))
 
         return report

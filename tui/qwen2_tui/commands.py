@@ -1,0 +1,42 @@
+"""The command palette: everything that can be done, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from textual.app import SystemCommand
+from textual.screen import Screen
+
+from qwen2_tui import keys
+from qwen2_tui.theme import OURS
+
+if TYPE_CHECKING:
+    from qwen2_tui.app import QwenApp
+
+
+def commands(app: QwenApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
+    """Those of the open screen and of the chat, then the app's own."""
+    for shown in dict.fromkeys((screen, app.chat_screen)):
+        if hasattr(shown, "commands"):
+            yield from shown.commands()
+    for id, title, act in (
+        ("app.new", "New chat", app.action_new),
+        ("app.temporary", "New temporary chat", app.action_temporary),
+        ("app.search", "Search chats", app.action_search),
+        ("app.sidebar", "Show or hide chats", app.action_sidebar),
+        ("app.undo", "Undo the deletion of chats", app.action_undo),
+        ("app.models", "Models", app.action_models),
+        ("app.settings", "Settings", app.action_settings),
+        ("app.help", "Help", app.action_help),
+    ):
+        yield SystemCommand(title, f"{keys.BY_ID[id].help or keys.BY_ID[id].words} · {app.key_of(id)}", act)
+    yield SystemCommand("Compare two models", "one prompt, side by side", app.open_compare)
+    if app.host.state.phase in ("ready", "failed"):
+        yield SystemCommand("Restart the model", "load it again", partial(app.host.restart, safe=False))
+        yield SystemCommand("Restart the model in safe mode", "slower, without special matrix code", partial(app.host.restart, safe=True))
+    for short, full in OURS.items():
+        yield SystemCommand(f"Theme: {short}", "calm colours", partial(setattr, app, "theme", full))
+    yield SystemCommand("Theme: choose", "from all that there are", app.action_change_theme)
+    yield SystemCommand("Quit", f"nothing is lost · {app.key_of('app.quit')}", app.action_quit)
