@@ -72,7 +72,7 @@ class Ask(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         """Words, the line, and what there is to say of it."""
         with VerticalScroll(id="dialog", can_focus=False) as dialog:
-            dialog.border_title = Content(clean_line(self._title)).markup
+            dialog.border_title = Content(clean_line(self._title))  # never markup
             if self._words:
                 yield Static(clean(self._words), classes="words", markup=False)
             yield Line(self._value, placeholder=self._placeholder, id="line")
@@ -148,7 +148,7 @@ class Confirm(ModalScreen[bool]):
     def compose(self) -> ComposeResult:
         """Words and two buttons."""
         with VerticalScroll(id="dialog", can_focus=False) as dialog:
-            dialog.border_title = Content(clean_line(self._title)).markup
+            dialog.border_title = Content(clean_line(self._title))  # never markup
             if self._words:
                 yield Static(clean(self._words), classes="words", markup=False)
             with Horizontal(id="buttons"):
@@ -199,7 +199,7 @@ class Choose(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         """Words and the choices."""
         with VerticalScroll(id="dialog", can_focus=False) as dialog:
-            dialog.border_title = Content(clean_line(self._title)).markup
+            dialog.border_title = Content(clean_line(self._title))  # never markup
             if self._words:
                 yield Static(clean(self._words), classes="words", markup=False)
             yield OptionList(*(Option(self._row(number), disabled=not one.enabled) for number, one in enumerate(self._choices, 1)), markup=False)
