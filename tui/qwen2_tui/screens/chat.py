@@ -250,7 +250,7 @@ class ChatScreen(Screen[None]):
         self.replying.show(session)
         self.show_turns()
         self.focus_composer()
-        self._use()
+        self._offer_broken()
         self.reply_changed()
 
     # The model
@@ -278,18 +278,28 @@ class ChatScreen(Screen[None]):
         except Qwen2LocalError as error:
             self.app.call_from_thread(self.qwen.problem, error)
             return
-        self.app.call_from_thread(self._used, session)
+        self.app.call_from_thread(self._taken, session)
+
+    def _taken(self, session: Session) -> None:
+        """The model is there for a conversation that was just opened, or that another model, or one that died, was used for."""
+        if session is self.session:
+            self.offers.hide("crash", "failed", "context")
+            self._offer_broken()
+        self._used(session)
+
+    def _offer_broken(self) -> None:
+        """Whoever comes to a conversation that ends in the middle may go on with it."""
+        conversation = self.session.conversation
+        broken = conversation.broken()
+        if broken and self.offers.offer is None and not self.busy and self.writing.waiting is None:
+            asked = conversation.messages[-1].role == "user"
+            choices = (Choice("retry", "answer it"),) if asked else (Choice("continue", "go on with it"), Choice("retry", "write another"))
+            self.offers.show(Offer("broken", broken, (*choices, Choice("leave", "leave it"))))
 
     def _used(self, session: Session) -> None:
         if session is not self.session or session.conversation.model is not self.qwen.host.model:
             self._use()
             return
-        self.offers.hide("crash", "failed", "context")
-        broken = session.conversation.broken()
-        if broken and self.offers.offer is None:
-            asked = session.conversation.messages[-1].role == "user"
-            choices = (Choice("retry", "answer it"),) if asked else (Choice("continue", "go on with it"), Choice("retry", "write another"))
-            self.offers.show(Offer("broken", broken, (*choices, Choice("leave", "leave it"))))
         self.writing.count()
         self.show_numbers()
         if self.writing.waiting is not None:
@@ -344,6 +354,9 @@ class ChatScreen(Screen[None]):
             self._send(text)
             return
         message = joined(text, files)
+        if task.kind == "question" and self._measure is not None and self._measure.left <= 0 and self.writing.counted == text:
+            self.measured(self._measure)  # what is known not to fit is not sent: the choices say what can be done
+            return
         plan = self.acting.plan(task, message)
         if plan is None:
             return
@@ -383,7 +396,7 @@ class ChatScreen(Screen[None]):
             measure, turns=sum(one.role == "user" for one in conversation.messages), shortened=conversation.overflow != "error",
             bounded=self.qwen.host.state.wish.context is not None,
         )  # fmt: skip
-        if offer is None or conversation.empty:
+        if offer is None:
             self.offers.hide("context")
         elif self.offers.offer is None or self.offers.offer.kind in ("context", "broken", "last"):
             self.offers.show(offer)
@@ -429,6 +442,16 @@ class ChatScreen(Screen[None]):
             self.open_chat(self._broken)
         else:
             self.acting.choose(event.key)
+
+    def action_walk(self, step: int) -> None:
+        """From the message to the conversation, to the list of chats, and round."""
+        conversation = self.transcript if self.transcript.display else self.query_one("#choices")
+        rooms = [(self.composer, self.composer), (self.query_one("#main"), conversation)]
+        if self.sidebar.display:
+            rooms.append((self.sidebar, self.sidebar.query_one("#chats")))
+        focused = self.focused
+        at = next((number for number, (room, _) in enumerate(rooms) if focused is not None and (room is focused or room in focused.ancestors)), 0)
+        rooms[(at + step) % len(rooms)][1].focus()
 
     def action_offer(self, number: int) -> None:
         """One of the choices that are offered."""

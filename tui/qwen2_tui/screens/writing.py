@@ -48,6 +48,8 @@ class Writing:
         self.task = _NEW
         self.waiting: str | None = None
         """A message that is sent as soon as there is a model."""
+        self.counted: str | None = None
+        """The message that was counted last."""
         self._stash = ""
         self._warned = ""
         self._turn = 0
@@ -167,10 +169,11 @@ class Writing:
             measure = conversation.measure(joined(text, reading.files) if text.strip() else "")
         except Qwen2LocalError:
             return  # the model is gone; whoever asks it something will hear of it
-        self._screen.app.call_from_thread(self._measured, turn, conversation, measure, reading)
+        self._screen.app.call_from_thread(self._measured, turn, conversation, text, measure, reading)
 
-    def _measured(self, turn: int, conversation: Conversation, measure: Measure, reading: attach.Reading) -> None:
+    def _measured(self, turn: int, conversation: Conversation, text: str, measure: Measure, reading: attach.Reading) -> None:
         if turn == self._turn and conversation is self._screen.session.conversation:
+            self.counted = text
             if self._warned != self._composer.text:
                 self.say(" · ".join(attach.summary(reading)))
             self._screen.measured(measure)

@@ -1,6 +1,6 @@
 """A bar above the message that says what is the matter, with choices: the context is full, the model crashed, a reply broke off.
 
-The choices have keys of their own (f5 to f8), so that they work while one writes; they can be clicked, and reached with tab.
+The choices have keys of their own (f5 to f8), so that they work while one writes; a click works as well.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class OfferBar(Vertical):
         yield Static(id="words", markup=False)
         with ItemGrid(min_column_width=26):
             for number in range(1, 5):
-                yield Button("", id=f"choice-{number}", compact=True)
+                button = Button("", id=f"choice-{number}", compact=True)
+                button.can_focus = False
+                yield button
 
     def show(self, offer: Offer | None) -> None:
         """Shows `offer`; None: nothing is the matter."""
