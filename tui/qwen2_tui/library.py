@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qwen2_local import files, kvcache, paths
 from qwen2_local.chats import ChatStore, deletion, exchange
 from qwen2_local.errors import UnknownChat
+from qwen2_local.sanitize import clean_line
 from qwen2_tui.titles import Proposal, can_propose
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def destination_problem(typed: str) -> str:
     """Why a chat cannot be written there, in a sentence; "" if it can. A file that is there already is no problem yet."""
     if not typed:
         return "Say where to write it."
+    if clean_line(typed) != typed:
+        return "That is no name of a file."
     try:
         path = destination(typed)
         if path.suffix.lower() not in ENDINGS:
@@ -123,6 +126,6 @@ def destination_problem(typed: str) -> str:
             return f"There is no folder {path.parent}."
         if not paths.writable(path.parent):
             return f"The folder {path.parent} cannot be written."
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no home, a zero byte
+    except (OSError, RuntimeError) as error:  # a name too long, no home
         return f"That is no name of a file ({error})."
     return ""
