@@ -388,17 +388,16 @@ class QwenApp(App[None]):
 
     def hold(self) -> int:
         """Run until the person leaves; the exit code. Raises what keeps the app from beginning at all."""
-        logfile.begin()
-        self.run()
-        error = self._exception
-        if error is None and not self._panicked:
-            return self.return_code or 0
-        _log.critical("the app crashed", exc_info=error)
-        self.leave()
-        if error is not None and not self._begun:
-            raise error
-        if error is not None and logfile.debugging():
-            traceback.print_exception(error)
-        what = type(error).__name__ if error is not None else "the terminal"
+        with logfile.written():
+            self.run()
+            if self._exception is None and not self._panicked:
+                return self.return_code or 0
+            _log.critical("the app crashed", exc_info=self._exception)
+            self.leave()
+        if self._exception is not None and not self._begun:
+            raise self._exception
+        if self._exception is not None and logfile.debugging():
+            traceback.print_exception(self._exception)
+        what = "the terminal" if self._exception is None else type(self._exception).__name__
         print(f"error: the app crashed ({what}). Your chats are kept.\n  {logfile.path()} says more.", file=sys.stderr)
         return 1

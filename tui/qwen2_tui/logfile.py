@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qwen2_local import paths
@@ -18,8 +19,9 @@ def path() -> Path:
     return paths.logs() / LOG
 
 
-def begin() -> None:
-    """Write what the app logs there, and to nothing else: standard error is the screen. Where that cannot be, nowhere."""
+@contextmanager
+def written() -> Iterator[None]:
+    """For the block, write what the app logs there, and to nothing else: standard error is the screen. Where that cannot be, nowhere."""
     logger = logging.getLogger("qwen2_tui")
     logger.propagate = False
     handler: logging.Handler = logging.NullHandler()
@@ -29,7 +31,12 @@ def begin() -> None:
         os.close(os.open(path(), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
         handler = logging.FileHandler(path(), encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger.handlers = [handler]
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def debugging() -> bool:
