@@ -370,11 +370,12 @@ class QwenApp(App[None]):
             parts.append(self._jobs.close)
         if self._library is not None:
             parts.append(self._library.close)
-        for part in (*parts, self.host.close, self.store.close):
-            try:
-                part()
-            except Exception:
-                _log.exception("leaving")
+        with self._context():  # widgets find their app also in this thread, and after a crash
+            for part in (*parts, self.host.close, self.store.close):
+                try:
+                    part()
+                except Exception:
+                    _log.exception("leaving")
 
     def _fatal_error(self) -> None:
         """A person gets the terminal back and one sentence (`hold`), never a screen full of Python."""

@@ -119,7 +119,9 @@ def prompt_of(model: Model, chat: Chat, turn: int) -> Prompt:
         Piece(text, " ".join(filter(None, ("new" if place >= known else "", "mark" if token in marks else ""))), token in marks)
         for place, (token, text) in enumerate(zip(ids, texts_of(model.tokenizer, ids), strict=True))
     )
-    return Prompt(pieces, known, message.usage.cached_tokens if message.usage else None, sum(piece.mark for piece in pieces))
+    # Of a reply that went on from a given beginning, that beginning may have been cached as well.
+    then = min(message.usage.cached_tokens, len(pieces)) if message.usage else None
+    return Prompt(pieces, known, then, sum(piece.mark for piece in pieces))
 
 
 def texts_of(tokenizer: Tokenizer, ids: Sequence[int], part: Callable[[bytes], str] = lambda raw: "") -> list[str]:
