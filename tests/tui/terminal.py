@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 ENTER, ESC, TAB = "\r", "\x1b", "\t"
 ALT_ENTER, CTRL_J, SHIFT_ENTER = "\x1b\r", "\n", "\x1b[13;2u"
 UP, DOWN, RIGHT, LEFT = "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
-F1, F2, F3 = "\x1bOP", "\x1bOQ", "\x1bOR"
+F1, F2, F3, F5 = "\x1bOP", "\x1bOQ", "\x1bOR", "\x1b[15~"
 
 
 def ctrl(letter: str) -> str:

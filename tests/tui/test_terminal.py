@@ -87,25 +87,25 @@ def test_resizing_while_a_reply_comes():
 
 
 def test_escape_stops_and_keeps():
-    with scripted("Say('one two three four five', hold=3)") as window:
+    with scripted("Say('alpha beta gamma delta', hold=3)") as window:
         window.wait_for("ready", "send")
         window.type("Count." + ENTER)
-        window.wait_for("one")
+        window.wait_for("alpha")
         window.type(ESC)
-        window.wait_until_gone("esc stop")
+        window.wait_for("stopped")
         window.type(ctrl("q"))
         window.end()
     assert messages()[-1].state == "partial"
-    assert messages()[-1].text.startswith("one")
+    assert messages()[-1].text.startswith("alpha")
 
 
 def test_ctrl_c_stops_then_quits():
-    with scripted("Say('one two three four five', hold=3)") as window:
+    with scripted("Say('alpha beta gamma delta', hold=3)") as window:
         window.wait_for("ready", "send")
         window.type("Count." + ENTER)
-        window.wait_for("one")
+        window.wait_for("alpha")
         window.type(ctrl("c"))
-        window.wait_until_gone("esc stop")
+        window.wait_for("stopped")
         window.type(ctrl("c"))
         window.wait_for("again to quit")
         window.type(ctrl("c"))
@@ -114,10 +114,10 @@ def test_ctrl_c_stops_then_quits():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_told_to_end_it_keeps_everything(number: signal.Signals):
-    with scripted("Say('one two three four five', hold=3)") as window:
+    with scripted("Say('alpha beta gamma delta', hold=3)") as window:
         window.wait_for("ready", "send")
         window.type("Count." + ENTER)
-        window.wait_for("one")
+        window.wait_for("alpha")
         os.kill(window.process.pid, number)
         window.end()
     assert messages()[-1].state == "partial"

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from enum import Enum
+from typing import Any, Literal, cast
 
+from textual._ansi_sequences import ANSI_SEQUENCES_KEYS
 from textual.binding import Binding
 
 Where = Literal["everywhere", "writing", "conversation", "chats", "models", "compare", "settings", "tokens", "prompt"]
@@ -126,6 +128,15 @@ TABLE: tuple[Key, ...] = (
 )
 
 BY_ID: Mapping[str, Key] = {key.id: key for key in TABLE}
+
+
+class _Untaught(Enum):
+    """What most terminals send for alt+enter. Textual takes it for enter, and half a message would be sent."""
+
+    ALT_ENTER = "alt+enter"
+
+
+cast("dict[str, Any]", ANSI_SEQUENCES_KEYS)["\x1b\r"] = (_Untaught.ALT_ENTER,)
 
 
 def bind(id: str, action: str, *, show: bool = False, priority: bool = False) -> Binding:
