@@ -76,7 +76,14 @@ def test_the_model_is_that_of_the_command_line_then_of_the_chat_then_of_the_sett
         assert first_model(Opening(chat=number), settings, store) == "0.5b"
         assert first_model(Opening(continue_last=True), settings, store) == "0.5b"
         assert first_model(Opening(), settings, store) == "7b"
-        assert first_model(Opening(chat=99), ModelSettings(), store) == "guide"
+        assert first_model(Opening(chat=99), ModelSettings(), store) == "guide"  # the last chat's is not installed
+
+
+def test_without_any_wish_it_is_the_model_of_the_last_chat():
+    with ChatStore.temporary() as store:
+        assert first_model(Opening(), ModelSettings(), store) == "guide"
+        chat_of(store, "guide:q4_0")
+        assert first_model(Opening(), ModelSettings(), store) == "guide:q4_0"
 
 
 def test_the_command_line_says_how_to_load_before_the_settings():

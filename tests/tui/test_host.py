@@ -63,9 +63,22 @@ def test_it_loads_and_tells_on_the_ui_thread():
     stage.host.load(LoadWish("guide"))
     assert stage.host.state.phase == "loading" and stage.host.model is None
     assert stage.ready() is model
-    assert [(state.phase, state.words) for state in stage.told] == [("loading", "loading guide"), ("loading", "preparing guide: converting 41 %"), ("ready", "")]
+    assert [(state.phase, state.words) for state in stage.told] == [
+        ("loading", "loading guide"),
+        ("loading", "preparing guide: converting 41 %"),
+        ("ready", ""),
+    ]
     assert stage.told[-1].notes == ("It is slow here.",)
     assert stage.threads == {threading.current_thread().name}
+
+
+def test_the_label_is_the_full_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qwen2_tui.host.label_of", lambda name: f"{name}:q4_k_m")
+    stage = Stage(ScriptedLoader())
+    stage.host.load(LoadWish("7b"))
+    assert stage.host.label == "7b"
+    stage.ready()
+    assert stage.host.label == "7b:q4_k_m"
 
 
 def test_progress_is_told_a_few_times_a_second_and_at_its_end():

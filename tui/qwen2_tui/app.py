@@ -150,17 +150,20 @@ class QwenApp(App[None]):
 
     def _begin(self) -> None:
         self._begun = True
-        self.host.load(self.wish())
+        self.run_worker(self._load_first, thread=True)
         self.set_timer(_SWEEP_S, lambda: self.run_worker(lambda: self.library.sweep(), thread=True, exit_on_error=False))
 
-    def wish(self, name: str | None = None) -> LoadWish:
-        """How to load the model `name`, as settings and command line say; None: the one that they name."""
-        wanted = self.settings.model
-        return wish_of(self.opening, wanted, name or first_model(self.opening, wanted, self.store))
+    def _load_first(self) -> None:
+        wish = self.wish(first_model(self.opening, self.settings.model, self.store))
+        self.call_later(self.host.load, wish)
+
+    def wish(self, name: str) -> LoadWish:
+        """How to load the model `name`, as command line and settings say."""
+        return wish_of(self.opening, self.settings.model, name)
 
     def about_model(self) -> tuple[str, ...]:
         """Name, quantization and backend of the model, as far as they are known."""
-        name, _, quantization = Path(self.host.state.wish.name).name.partition(":")
+        name, _, quantization = Path(self.host.label).name.partition(":")
         backend = self.host.model.info.name if self.host.model is not None else self.host.state.wish.backend or ""
         return tuple(clean_line(part) for part in (name, quantization.upper(), backend) if part)
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from qwen2_local.errors import Cancelled, Qwen2LocalError
 from qwen2_local.sanitize import clean, clean_line
-from qwen2_tui.model import Loader, LoadWish, Model
+from qwen2_tui.model import Loader, LoadWish, Model, label_of
 
 _log = logging.getLogger(__name__)
 _TELL_EVERY_S = 0.2
@@ -52,13 +52,15 @@ class Host:
         self._memory = (0.0, 0)
         self.model: Model | None = None
         self.state = HostState("empty", LoadWish())
+        self.label = self.state.wish.name
+        """The model's full name: "7b:q4_0" where "7b" was asked for, as far as it is known."""
 
     def load(self, wish: LoadWish) -> None:
         """Close the model that is there, its replies with it, and load another. A load under way is superseded."""
         if self._closed:
             return
         self._turn += 1
-        before, self.model = self.model, None
+        before, self.model, self.label = self.model, None, wish.name
         self._set(HostState("loading", wish, f"loading {clean_line(wish.name)}"))
         threading.Thread(target=self._work, args=(self._turn, wish, before), name="qwen2-local loads", daemon=True).start()
 
@@ -121,14 +123,15 @@ class Host:
             if turn != self._turn:
                 _close(model)
                 return
-            self._on_ui(lambda: self._done(turn, HostState("ready", wish, notes=model.notes), model))
+            label = label_of(wish.name)
+            self._on_ui(lambda: self._done(turn, HostState("ready", wish, notes=model.notes), model, label))
 
-    def _done(self, turn: int, state: HostState, model: Model | None = None) -> None:
+    def _done(self, turn: int, state: HostState, model: Model | None = None, label: str = "") -> None:
         if turn != self._turn:
             if model is not None:
                 threading.Thread(target=_close, args=(model,), name="qwen2-local closes", daemon=True).start()
             return
-        self.model, self._memory = model, (0.0, 0)
+        self.model, self.label, self._memory = model, label or state.wish.name, (0.0, 0)
         self._set(state)
 
     def _reporter(self, turn: int, wish: LoadWish) -> Callable[[str, int, int], None]:

@@ -72,3 +72,14 @@ def load(wish: LoadWish, report: Report) -> Model:
         wish.name, backend=wish.backend, context=wish.context, kv_bits=wish.kv_bits, draft=wish.draft, safe=wish.safe, adapter=wish.adapter,
         kv_cache=wish.kv_cache, force=wish.force, worker=True, report=report,
     )  # fmt: skip
+
+
+def label_of(name: str) -> str:
+    """The full name of the model that `name` finds; `name` itself where it finds none. Looks at the disk."""
+    from qwen2_local.errors import Qwen2LocalError
+    from qwen2_local.store import resolve
+
+    try:
+        return resolve(name).label
+    except Qwen2LocalError:
+        return name

@@ -33,15 +33,34 @@ def wish_of(opening: Opening, settings: ModelSettings, name: str) -> LoadWish:
 
 
 def first_model(opening: Opening, settings: ModelSettings, store: ChatStore) -> str:
-    """The model that the app begins with: that of the command line; of the chat that goes on; of the settings; the guide."""
-    return opening.model or _of_chat(opening, store) or settings.model or DEFAULT
+    """The model that the app begins with: that of the command line; of the chat that goes on; of the settings; of the last chat; the guide.
+
+    Looks at the disk, so it is for a thread.
+    """
+    return opening.model or _of_chat(opening, store) or settings.model or _last_used(store) or DEFAULT
 
 
-def _of_chat(opening: Opening, store: ChatStore) -> str | None:
+def _of_chat(opening: Opening, store: ChatStore) -> str:
     with suppress(Qwen2LocalError):
         if opening.chat is not None:
-            return store.summary(opening.chat).model or None
+            return store.summary(opening.chat).model
         if opening.continue_last:
-            newest = max(store.summaries(), key=lambda one: (one.used, one.id), default=None)
-            return newest.model or None if newest is not None else None
-    return None
+            return _newest(store)
+    return ""
+
+
+def _last_used(store: ChatStore) -> str:
+    """The model of the last chat, if it is still there."""
+    from qwen2_local.store import resolve
+
+    with suppress(Qwen2LocalError):
+        name = _newest(store)
+        if name:
+            resolve(name)
+        return name
+    return ""
+
+
+def _newest(store: ChatStore) -> str:
+    newest = max(store.summaries(), key=lambda one: (one.used, one.id), default=None)
+    return newest.model if newest is not None else ""

@@ -64,4 +64,4 @@ def _words(state: HostState) -> str:
         return "ready in safe mode" if state.wish.safe else "ready"
     if state.phase == "failed":
         return "the model crashed" if state.crashed else "no model"
-    return state.words or "no model"
+    return state.words or "one moment"
