@@ -226,7 +226,7 @@ def ago(seconds: float) -> str:
 
 def fitted(text: str, width: int) -> str:
     """`text` in exactly `width` cells, with an ellipsis where it is cut."""
-    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)) + "…"
+    return set_cell_size(text, width) if cell_len(text) <= width else set_cell_size(text, width - 1) + "…" if width > 0 else ""
 
 
 def folded(text: str) -> str:
@@ -238,8 +238,10 @@ def around(text: str, words: Sequence[str], width: int) -> tuple[str, list[tuple
     """The part of `text` with the first of `words`, in at most `width` cells, and where the words are in it."""
     low = folded(text)
     first = min((place for word in words if (place := low.find(folded(word))) >= 0), default=0)
-    # A few words before it, so that it can be read.
+    # A few words before it, so that it can be read; more, where the text ends soon.
     start = max(0, first - width // 3)
+    while start and cell_len(text[start - 1 :]) < width:
+        start -= 1
     if start and " " in text[start:first]:
         start = text.index(" ", start, first) + 1
     part = ("…" if start else "") + text[start:]
