@@ -6,11 +6,13 @@ It is there before any model is: a saved chat is read at once, and can be writte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qwen2_local.chats import ChatMessage, ChatStore, path_to
 from qwen2_local.chats.attached import Attached, folded, split
+from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_local.types import Role
 from qwen2_tui.widgets.transcript import Turn
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 Reading = Callable[[int, int], None]
 """Told while a prompt is read: tokens done, tokens in all."""
-
-Wishes = Callable[[], Mapping[str, Any]]
-"""How to reply, as `Options` of the API. Asked in the reply's thread: the answer may lie on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ class Measure:
 class Conversation:
     """A chat of `store`, saved or to be saved with its first question. Its methods are for one thread at a time; reading is always safe."""
 
-    def __init__(self, store: ChatStore, number: int | None = None, *, system: str | None = None, temporary: bool = False) -> None:
-        """number: a saved one; it is read here, which may take a while. system: of a new one. temporary: it is to leave nothing on the disk.
+    def __init__(self, store: ChatStore, number: int | None = None, *, temporary: bool = False) -> None:
+        """number: a saved one; it is read here, which may take a while. temporary: it is to leave nothing on the disk.
 
         Raises UnknownChat, and what a store raises.
         """
@@ -66,13 +65,15 @@ class Conversation:
         self.temporary = temporary
         self.chat: Chat | None = None
         self.model: Model | None = None
-        self._system = system
+        self.options: dict[str, Any] = {}
+        """What this chat has otherwise than others: see `settings.with_options`."""
         self._number = number
         self._record: tuple[ChatMessage, ...] = ()
         self._all: Mapping[int, ChatMessage] = {}
         self.overflow: Overflow = "error"
         if number is not None:
             record = store.record(number)
+            self.options = store.options(number)
             self._all = {message.id: message for message in record.messages}
             self._record = tuple(path_to(self._all, record.tip))
             # Who chose to leave old turns out does so again.
@@ -110,11 +111,17 @@ class Conversation:
             number = chat.save(store=self.store)
         self.model = model
         if number is None:
-            self._system = system if system is not None else self._system
-            self.chat = Chat(model, system=self._system, store=self.store, overflow=self.overflow)
+            self.chat = Chat(model, system=system, store=self.store, overflow=self.overflow)
         else:
             self.chat = Chat.load(model, number, self.store, overflow=self.overflow)
             self._record, self._all = (), {}
+
+    def keep_options(self) -> None:
+        """Keep them with a saved chat. For a thread. What cannot be kept counts as long as the chat is open."""
+        number = self.number
+        with suppress(Qwen2LocalError):
+            if number is not None and self.options != self.store.options(number):
+                self.store.keep_options(number, self.options)
 
     def shorten(self) -> None:
         """From now on the model does not see the oldest turns where they do not fit."""
@@ -151,30 +158,30 @@ class Conversation:
         question, files = split(self.messages[index].text)
         return question, {file.name: file for file in files}
 
-    # What is asked of the model
+    # What is asked of the model. wishes: `Options` of the API.
 
-    def send(self, text: str, wishes: Wishes) -> Plan:
+    def send(self, text: str, wishes: Mapping[str, Any]) -> Plan:
         """The reply to a new question. One without a reply makes way."""
         chat, messages = self._ready(), self.messages
         unanswered = bool(messages) and messages[-1].role == "user"
         kept = len(messages) - unanswered
         place = self._next(len(messages) - 1) if unanswered else (1, 1)
-        return self._plan(kept, text, (1, 1), lambda told: chat.stream(text, **wishes(), progress=told), question=_question(text, place))
+        return self._plan(kept, text, (1, 1), lambda told: chat.stream(text, **wishes, progress=told), question=_question(text, place))
 
-    def edit(self, index: int, text: str, wishes: Wishes) -> Plan:
+    def edit(self, index: int, text: str, wishes: Mapping[str, Any]) -> Plan:
         """The reply to another wording of the question at `index`, as a branch."""
         chat = self._ready()
         asked = _question(text, self._next(index))
-        return self._plan(index, text, (1, 1), lambda told: chat.stream_edit(index, text, **wishes(), progress=told), question=asked)
+        return self._plan(index, text, (1, 1), lambda told: chat.stream_edit(index, text, **wishes, progress=told), question=asked)
 
-    def regenerate(self, index: int, wishes: Wishes) -> Plan:
+    def regenerate(self, index: int, wishes: Mapping[str, Any]) -> Plan:
         """Another reply: in place of the one at `index`, or to the question at `index`. As a branch."""
         chat, messages = self._ready(), self.messages
         reply = index if messages[index].role == "assistant" else index + 1
         place = self._next(reply) if reply < len(messages) else (1, 1)
 
         def begin(told: Reading) -> Reply:
-            given = dict(wishes())
+            given = dict(wishes)
             if given.get("seed") is not None:
                 # The same seed would give the same reply.
                 given["seed"] = (given["seed"] + place[0] - 1) % 2**64
@@ -182,13 +189,13 @@ class Conversation:
 
         return self._plan(reply, "", place, begin)
 
-    def go_on(self, index: int, wishes: Wishes, text: str | None = None) -> Plan:
+    def go_on(self, index: int, wishes: Mapping[str, Any], text: str | None = None) -> Plan:
         """The reply at `index` goes on from where it ended, or as a branch that begins with `text`. One that others follow stays as it is."""
         chat, messages = self._ready(), self.messages
         last = index == len(messages) - 1
         begun = messages[index].text if text is None else text
         place = self._place(index) if last and text is None else self._next(index)
-        return self._plan(index, text or "", place, lambda told: chat.stream_continue(text, index, **wishes(), progress=told), begun=begun)
+        return self._plan(index, text or "", place, lambda told: chat.stream_continue(text, index, **wishes, progress=told), begun=begun)
 
     def switch(self, index: int, step: int) -> bool:
         """To the alternative of the turn at `index` that is `step` further. Is there one?"""

@@ -15,7 +15,6 @@ from qwen2_tui import summary
 from qwen2_tui.conversation import Conversation, Plan
 from qwen2_tui.screens.writing import Task
 from qwen2_tui.session import Session
-from qwen2_tui.settings import with_options
 
 if TYPE_CHECKING:
     from qwen2_local.aio import Readable
@@ -77,11 +76,11 @@ class Acting:
         """What a message asks for, as it was written for `task`."""
         match task.kind:
             case "question":
-                return self._conversation.send(text, self._wishes)
+                return self._conversation.send(text, self._wishes())
             case "edit":
-                return self._conversation.edit(task.index, text, self._wishes)
+                return self._conversation.edit(task.index, text, self._wishes())
             case "reply":
-                return self._conversation.go_on(task.index, self._wishes, text)
+                return self._conversation.go_on(task.index, self._wishes(), text)
 
     def edit(self, index: int) -> None:
         """Another wording of a question, or another beginning of a reply."""
@@ -99,13 +98,13 @@ class Acting:
         if self._conversation.messages[index].role == "system":
             self._screen.qwen.tell("The system message has no reply.")
         else:
-            self._screen.replying.begin(self._conversation.regenerate(index, self._wishes))
+            self._screen.replying.begin(self._conversation.regenerate(index, self._wishes()))
 
     def go_on(self, index: int) -> None:
         """The reply goes on; a question gets one."""
         match self._conversation.messages[index].role:
             case "assistant":
-                self._screen.replying.begin(self._conversation.go_on(index, self._wishes))
+                self._screen.replying.begin(self._conversation.go_on(index, self._wishes()))
             case "user" if index == len(self._conversation.messages) - 1:
                 self.regenerate(index)
             case _:
@@ -134,7 +133,7 @@ class Acting:
 
         def chosen(text: str | None) -> None:
             if text is not None and self._ready():
-                self._screen.replying.begin(self._conversation.go_on(index, self._wishes, text))
+                self._screen.replying.begin(self._conversation.go_on(index, self._wishes(), text))
 
         screen, conversation = self._screen, self._conversation
         assert conversation.model is not None and conversation.chat is not None
@@ -152,18 +151,13 @@ class Acting:
         screen = self._screen
         if screen.busy:
             screen.qwen.tell("The reply is still being written: esc stops it.")
-        elif not screen.ready:
+        elif not screen.entering.ready:
             screen.qwen.tell("The model is not there yet.")
-        return screen.ready and not screen.busy
+        return screen.entering.ready and not screen.busy
 
     def _wishes(self) -> dict[str, Any]:
-        """In the reply's thread: the settings, as this chat has them."""
-        conversation, qwen = self._conversation, self._screen.qwen
-        number = conversation.number
-        settings = qwen.settings.chat
-        if number is not None:
-            settings = with_options(settings, qwen.store.options(number))
-        return settings.wishes()
+        """How replies are asked for in this chat."""
+        return self._screen.chat_settings.wishes()
 
     # A summary
 
@@ -196,7 +190,9 @@ class Acting:
         first = conversation.messages[0]
         system = summary.system_with(text, first.text if first.role == "system" else screen.qwen.settings.chat.system)
         draft = screen.composer.text
-        screen.enter(Session(Conversation(screen.qwen.store, system=system, temporary=conversation.temporary)), draft)
+        new = Conversation(screen.qwen.store, temporary=conversation.temporary)
+        new.options = {**conversation.options, "system": system}
+        screen.entering.enter(Session(new), draft)
 
     def stop(self) -> bool:
         """Stops a summary. Was one being written?"""

@@ -8,7 +8,7 @@ acting     what is done with a turn
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on
@@ -19,19 +19,20 @@ from textual.screen import Screen
 from textual.widgets import Footer, Static, TextArea
 
 from qwen2_local.chats.attached import Attached, joined
-from qwen2_local.errors import ContextOverflow, Qwen2LocalError
-from qwen2_tui.conversation import Conversation, Measure
+from qwen2_tui.conversation import Conversation
 from qwen2_tui.events import ChatsChanged, HostChanged, SettingsChanged
 from qwen2_tui.keys import bind
-from qwen2_tui.live import Progress
 from qwen2_tui.screens.acting import Acting
+from qwen2_tui.screens.entering import Entering
+from qwen2_tui.screens.gauging import Gauges
 from qwen2_tui.screens.replying import Replying
 from qwen2_tui.screens.writing import Task, Writing
 from qwen2_tui.session import Session
+from qwen2_tui.settings import ChatSettings, differing, with_options
 from qwen2_tui.widgets.composer import Composer
-from qwen2_tui.widgets.limit import Choice, Offer, OfferBar, of_context
+from qwen2_tui.widgets.limit import OfferBar
 from qwen2_tui.widgets.sidebar import Sidebar
-from qwen2_tui.widgets.statusline import Numbers, StatusLine
+from qwen2_tui.widgets.statusline import StatusLine
 from qwen2_tui.widgets.topline import TopLine
 from qwen2_tui.widgets.transcript import Transcript
 from qwen2_tui.widgets.welcome import Welcome
@@ -39,10 +40,9 @@ from qwen2_tui.widgets.welcome import Welcome
 if TYPE_CHECKING:
     from qwen2_local.chat import Chat
     from qwen2_tui.app import QwenApp
-    from qwen2_tui.model import Model
 
-_MEMORY_S = 2.0
 _LEAVE_S = 1.0
+_OF_CHATS = {one.name for one in fields(ChatSettings)}
 
 
 class ChatScreen(Screen[None]):
@@ -67,9 +67,6 @@ class ChatScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         """From the top to the bottom."""
         self.session = Session(Conversation(self.qwen.store))
-        self.last: Progress | None = None
-        self._measure: Measure | None = None
-        self._opening = 0
         yield TopLine()
         with Horizontal(id="body"):
             yield Sidebar(self.qwen.store, shown=self.qwen.settings.sidebar, id="sidebar")
@@ -91,9 +88,10 @@ class ChatScreen(Screen[None]):
         self.writing = Writing(self, self.composer, self.query_one("#notes", Static))
         self.replying = Replying(self)
         self.acting = Acting(self)
-        self.set_interval(_MEMORY_S, self.show_numbers)
+        self.entering = Entering(self)
+        self.gauges = Gauges(self)
         self.show_turns()
-        self.run_worker(self._begin, thread=True, group="open")
+        self.entering.begin()
 
     # What others ask
 
@@ -122,18 +120,30 @@ class ChatScreen(Screen[None]):
         """Is a reply under way in this chat?"""
         return self.session.running
 
+    @property
+    def chat_settings(self) -> ChatSettings:
+        """How replies are asked for in this chat."""
+        return with_options(self.qwen.settings.chat, self.session.conversation.options)
+
+    def change_chat(self, settings: ChatSettings) -> None:
+        """Ask for replies in this chat like that. A system prompt counts only in an empty one."""
+        conversation = self.session.conversation
+        others = {name: value for name, value in conversation.options.items() if name not in _OF_CHATS}
+        conversation.options = {**others, **differing(settings, self.qwen.settings.chat)}
+        self.run_worker(conversation.keep_options, thread=True, group="options")
+        self._renew()
+
     def new_chat(self, temporary: bool = False) -> None:
         """An empty one. A reply that is under way goes on behind it."""
-        session = Session(Conversation(self.qwen.store, temporary=temporary))
-        self.enter(session, "" if temporary else None)
+        draft = "" if temporary else self.writing.unsent
+        self.entering.enter(Session(Conversation(self.qwen.store, temporary=temporary)), draft)
 
     def open_chat(self, number: int) -> None:
         """A saved one. A reply that is under way goes on behind it."""
         if number == self.number:
             self.focus_composer()
             return
-        self._opening += 1
-        self.run_worker(partial(self._open, self._opening, number, self.qwen.host.model), thread=True, group="open")
+        self.entering.open(number)
 
     def ask(self, text: str) -> None:
         """As if it had been typed and sent."""
@@ -190,126 +200,12 @@ class ChatScreen(Screen[None]):
         """For the palette."""
         return self.acting.commands()
 
-    # Chats
-
-    def _begin(self) -> None:
-        """In a thread: the chat that the app was opened with, or the empty one; and what the last visit left."""
-        opening, store = self.qwen.opening, self.qwen.store
-        number = opening.chat
-        if number is None and opening.continue_last:
-            newest = max(store.summaries(), key=lambda one: (one.used, one.id), default=None)
-            number = newest.id if newest is not None else None
-        questions = store.questions()
-        broken = store.last_broken() if number is None and not opening.temporary else None
-        title = store.summary(broken).title if broken is not None else ""
-        draft = store.draft(None)
-        self.app.call_from_thread(self._began, number, questions, broken, title, draft)
-
-    def _began(self, number: int | None, questions: Sequence[str], broken: int | None, title: str, draft: str) -> None:
-        self.composer.questions = questions
-        if number is not None:
-            self.open_chat(number)
-            return
-        if self.qwen.opening.temporary:
-            self.new_chat(temporary=True)
-        elif not self.composer.text:
-            self.writing.open(draft)
-        if broken is not None:
-            self._broken = broken
-            self.offers.show(Offer("last", f"The last chat ended in the middle: {title}", (Choice("open", "open it"), Choice("leave", "leave it"))))
-        self._use()
-
-    def _open(self, turn: int, number: int, model: Model | None) -> None:
-        """In a thread."""
-        try:
-            session = self.replying.come_back(number)
-            if session is None:
-                session = Session(Conversation(self.qwen.store, number))
-                if model is not None:
-                    session.conversation.use(model)
-            draft = self.qwen.store.draft(number)
-        except Qwen2LocalError as error:
-            self.app.call_from_thread(self.qwen.problem, error)
-            return
-        self.app.call_from_thread(self._opened, turn, session, draft)
-
-    def _opened(self, turn: int, session: Session, draft: str) -> None:
-        if turn == self._opening:
-            self.enter(session, draft)
-
-    def enter(self, session: Session, draft: str | None) -> None:
-        """Shows another conversation. draft: what was being written there; None: ask the store."""
-        self._opening += 1
-        self.writing.keep_draft()
-        self.replying.leave(self.session)
-        self.session, self.last, self._measure = session, None, None
-        self.offers.hide()
-        if draft is None:
-            draft = self.qwen.store.draft(None)
-        self.writing.open(draft)
-        self.replying.show(session)
-        self.show_turns()
-        self.focus_composer()
-        self._offer_broken()
-        self.reply_changed()
-
-    # The model
-
-    @property
-    def ready(self) -> bool:
-        """Can this conversation be gone on with at once?"""
-        host = self.qwen.host
-        return host.state.phase == "ready" and host.model is not None and self.session.conversation.model is host.model
-
-    def _use(self) -> None:
-        """Takes the host's model for this conversation, as soon as there is one and nothing is under way."""
-        model, session = self.qwen.host.model, self.session
-        if self.qwen.host.state.phase != "ready" or model is None or session.running:
-            return
-        if session.conversation.model is model:
-            self._used(session)
-        else:
-            self.run_worker(partial(self._take, session, model), thread=True, group="use", exclusive=True)
-
-    def _take(self, session: Session, model: Model) -> None:
-        """In a thread."""
-        try:
-            session.conversation.use(model, self.qwen.settings.chat.system)
-        except Qwen2LocalError as error:
-            self.app.call_from_thread(self.qwen.problem, error)
-            return
-        self.app.call_from_thread(self._taken, session)
-
-    def _taken(self, session: Session) -> None:
-        """The model is there for a conversation that was just opened, or that another model, or one that died, was used for."""
-        if session is self.session:
-            self.offers.hide("crash", "failed", "context")
-            self._offer_broken()
-        self._used(session)
-
-    def _offer_broken(self) -> None:
-        """Whoever comes to a conversation that ends in the middle may go on with it."""
-        conversation = self.session.conversation
-        broken = conversation.broken()
-        if broken and self.offers.offer is None and not self.busy and self.writing.waiting is None:
-            asked = conversation.messages[-1].role == "user"
-            choices = (Choice("retry", "answer it"),) if asked else (Choice("continue", "go on with it"), Choice("retry", "write another"))
-            self.offers.show(Offer("broken", broken, (*choices, Choice("leave", "leave it"))))
-
-    def _used(self, session: Session) -> None:
-        if session is not self.session or session.conversation.model is not self.qwen.host.model:
-            self._use()
-            return
-        self.writing.count()
-        self.show_numbers()
-        if self.writing.waiting is not None:
-            text, self.writing.waiting = self.writing.waiting, None
-            self.writing.submit(text)
+    # What changed elsewhere
 
     def on_host_changed(self, event: HostChanged) -> None:
         """The model came, went, or is on its way."""
-        self._use()
-        self.show_numbers()
+        self.entering.use()
+        self.gauges.show()
 
     def on_chats_changed(self, event: ChatsChanged) -> None:
         """Chats were renamed, deleted or brought back."""
@@ -321,9 +217,12 @@ class ChatScreen(Screen[None]):
     def on_settings_changed(self, event: SettingsChanged) -> None:
         """An empty chat begins as the settings say now."""
         self.sidebar.shown = event.settings.sidebar
-        if self.ready and self.session.conversation.empty and not self.busy:
+        self._renew()
+
+    def _renew(self) -> None:
+        if self.session.conversation.empty and not self.busy:
             self.session.conversation.model = None
-            self._use()
+            self.entering.use()
 
     # What is sent
 
@@ -339,7 +238,7 @@ class ChatScreen(Screen[None]):
         host = self.qwen.host
         if self.busy:
             self.qwen.tell("The reply is still being written: esc stops it.")
-        elif self.ready:
+        elif self.entering.ready:
             self.writing.submit(text)
         elif host.state.phase == "failed" and not host.state.crashed:
             self.qwen.tell(f"There is no model: {host.state.words}", problem=True)
@@ -350,12 +249,11 @@ class ChatScreen(Screen[None]):
 
     def ask_with(self, text: str, files: Sequence[Attached], task: Task) -> None:
         """What was written, with the files that it mentions: a question, or another wording of a turn."""
-        if not self.ready or self.busy:
+        if not self.entering.ready or self.busy:
             self._send(text)
             return
         message = joined(text, files)
-        if task.kind == "question" and self._measure is not None and self._measure.left <= 0 and self.writing.counted == text:
-            self.measured(self._measure)  # what is known not to fit is not sent: the choices say what can be done
+        if task.kind == "question" and self.gauges.refuses(text):
             return
         plan = self.acting.plan(task, message)
         if plan is None:
@@ -377,9 +275,9 @@ class ChatScreen(Screen[None]):
         """A reply began, or is over."""
         self.show_turns()
         if not self.busy:
-            self._use()
+            self.entering.use()
         self.chats_changed()
-        self.show_numbers()
+        self.gauges.show()
         self.refresh_bindings()
 
     def chats_changed(self) -> None:
@@ -387,39 +285,6 @@ class ChatScreen(Screen[None]):
         running = {session.conversation.number for session in self.replying.all()}
         self.sidebar.mark(self.number, running=running, temporary=self.temporary)
         self.sidebar.refresh_chats()
-
-    def measured(self, measure: Measure) -> None:
-        """The context was counted."""
-        self._measure = measure
-        conversation = self.session.conversation
-        offer = of_context(
-            measure, turns=sum(one.role == "user" for one in conversation.messages), shortened=conversation.overflow != "error",
-            bounded=self.qwen.host.state.wish.context is not None,
-        )  # fmt: skip
-        if offer is None:
-            self.offers.hide("context")
-        elif self.offers.offer is None or self.offers.offer.kind in ("context", "broken", "last"):
-            self.offers.show(offer)
-        self.show_numbers()
-
-    def overflowing(self, error: ContextOverflow) -> Offer:
-        """What can be done where the model refused a message as too long."""
-        turns = sum(one.role == "user" for one in self.session.conversation.messages)
-        full = Measure(1, 0, 1)
-        wish = self.qwen.host.state.wish
-        offer = of_context(full, turns=turns + 1, shortened=self.session.conversation.overflow != "error", bounded=wish.context is not None)
-        return Offer("context", error.what, offer.choices if offer is not None else ())
-
-    def show_numbers(self) -> None:
-        """The status line, as things are now."""
-        host, live = self.qwen.host, self.session.live
-        progress = live.progress() if live is not None else self.last
-        measure, words = self._measure, ""
-        if live is not None and progress is not None and measure is not None and progress.prompt:
-            measure = Measure(progress.prompt + progress.written, progress.cached, measure.most)
-        if host.state.phase == "loading" or host.state.phase == "failed":
-            words = host.state.words
-        self.query_one("#status", StatusLine).show(Numbers(words, progress, host.memory(), measure, live is None))
 
     # What happens
 
@@ -439,7 +304,7 @@ class ChatScreen(Screen[None]):
     def _chosen(self, event: OfferBar.Chosen) -> None:
         self.offers.hide()
         if event.kind == "last" and event.key == "open":
-            self.open_chat(self._broken)
+            self.entering.open_broken()
         else:
             self.acting.choose(event.key)
 

@@ -43,10 +43,13 @@ class Replying:
         transcript.begin_stream(plan.reply)
         if transcript.has_focus:
             transcript.selected = len(transcript.turns) - 1
-        number, saved = session.conversation.number, not session.conversation.temporary
+        conversation = session.conversation
+        number = conversation.number
 
         def begun() -> None:
-            if typed and saved:
+            if number is None:
+                conversation.keep_options()
+            if typed and not conversation.temporary:
                 screen.writing.clear_draft(number)
 
         session.begin(plan, typed, begun)
@@ -97,7 +100,7 @@ class Replying:
                     screen.transcript.feed(text)
             if time.monotonic() - self._numbers >= _NUMBERS_S:
                 self._numbers = time.monotonic()
-                screen.show_numbers()
+                screen.gauges.show()
         if not self.all():
             self._timer.pause()
 
@@ -112,7 +115,7 @@ class Replying:
         asked = messages[plan.kept].text if plan.asked is not None and len(messages) > plan.kept else None
         if plan.asked is not None and asked != plan.text:
             screen.writing.give_back(session.typed)
-        screen.last = live.progress()
+        screen.gauges.last = live.progress()
         if error is not None:
             self._failed(error)
         elif plan.asked is None and plan.reply.count > 1 and len(messages) > plan.kept and conversation.repeated(plan.kept):
@@ -147,7 +150,7 @@ class Replying:
             words = f"{error.what} The conversation is safe, and so is what came of the reply."
             screen.offers.show(Offer("crash", words, (Choice("again", "start it again"), Choice("safe", "start it in safe mode")), grave=True))
         elif isinstance(error, ContextOverflow):
-            screen.offers.show(screen.overflowing(error))
+            screen.gauges.overflowed(error)
         elif isinstance(error, UsageError):
             screen.qwen.problem(error)
         elif isinstance(error, Qwen2LocalError):

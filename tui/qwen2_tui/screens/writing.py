@@ -63,6 +63,13 @@ class Writing:
         """The message to be, also while something else is edited."""
         return self._composer.text if self.task is _NEW else self._stash
 
+    @property
+    def unsent(self) -> str:
+        """The draft of the chat that is not there yet."""
+        with suppress(Qwen2LocalError):
+            return self._screen.qwen.store.draft(None) if None not in self._drafts else self._drafts[None]
+        return ""
+
     # What is written for
 
     def open(self, draft: str) -> None:
@@ -176,7 +183,7 @@ class Writing:
             self.counted = text
             if self._warned != self._composer.text:
                 self.say(" · ".join(attach.summary(reading)))
-            self._screen.measured(measure)
+            self._screen.gauges.measured(measure)
 
     def keep_draft(self) -> None:
         """Keep what was typed, in the background."""
