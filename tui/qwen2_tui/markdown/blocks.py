@@ -42,7 +42,7 @@ class Block:
     """A leaf. Its lines grow while it is open.
 
     fresh: how many of its innermost frames begin with it, and show their marks. gap: whether a line is left free before it. level: of a
-    heading. info: what stands behind a fence. joined: it goes on where the block before it was full.
+    heading. info: what stands behind a fence. joined: it goes on where the block before it was full. growing: more of it is on its way.
     """
 
     shape: Shape
@@ -53,6 +53,7 @@ class Block:
     level: int = 0
     info: str = ""
     joined: bool = False
+    growing: bool = False
 
 
 _BLANK = re.compile(r"[ \t]*$")
@@ -65,6 +66,8 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 _FENCE = re.compile(r"( {0,3})(`{3,})([^`]*)$|( {0,3})(~{3,})(.*)$")
 _DELIMITER = re.compile(r":?-+:?$")
 _PIPE = re.compile(r"(?<!\\)\|")
+_ITEM_SIGN = re.compile(r"([ \t]*(?:[-+*]|\d{1,9}[.)])[ \t]+)(?:[-+*]|`{1,2}|~{1,2})$")
+_BAR = re.compile(r"\|[ \t]*[^|\s-]")
 _BULLETS = "•◦▪"
 _TASKS = {" ": "☐", "x": "☑", "X": "☑"}
 
@@ -93,6 +96,11 @@ def cells(row: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in _PIPE.split(row)]
 
 
+def _below(head: str) -> str:
+    """A line that makes `head` the head of a table."""
+    return "|" + "---|" * len(cells(head))
+
+
 def dedent(line: str, columns: int) -> str:
     """`line` without up to `columns` columns of space at its start; what a tab stands for beyond them stays, as spaces."""
     column = 0
@@ -112,12 +120,13 @@ def _title(text: str) -> str:
 
 def _indent(line: str) -> int:
     """Columns of space at the start."""
-    column = 0
-    for character in line:
-        if character == " ":
-            column += 1
-        elif character == "\t":
+    bare = line.lstrip(" ")
+    column = len(line) - len(bare)
+    for character in bare:
+        if character == "\t":
             column += 4 - column % 4
+        elif character == " ":
+            column += 1
         else:
             break
     return column
@@ -165,8 +174,31 @@ class Blocks:
         ahead.settled = before.copy()
         if self._leaf is not None:
             ahead._leaf = replace(self._leaf, lines=self._leaf.lines.copy())
+        ahead._guess()
         ahead.finish()
-        return ahead.settled[len(before) :]
+        blocks = ahead.settled[len(before) :]
+        if blocks:
+            blocks[-1].growing = True
+        return blocks
+
+    def _guess(self) -> None:
+        """Takes the start of a line for what it will most likely be, so that what is seen does not change back and forth."""
+        leaf = self._leaf
+        if leaf is not None and leaf.shape == "code" and self._fence and not self._rest.strip(" \t>" + self._fence[0]):
+            self._rest = self._rest if self._fence in self._rest else ""  # what ends the code
+        if self._midline or (leaf is not None and leaf.shape == "code"):
+            return
+        rest = self._rest.strip(" \t>")
+        paragraph = leaf.lines[-1] if leaf is not None and leaf.shape == "text" else ""
+        if rest in ("`", "``", "~", "~~") or (paragraph and rest and not rest.strip("-=*_+")):
+            self._rest = ""  # a fence; an item, a rule or what makes a heading of the paragraph
+        elif match := _ITEM_SIGN.match(self._rest):
+            self._rest = match[1]
+        elif _BAR.match(paragraph) and not rest.strip("|:- \t"):
+            self._rest = _below(paragraph)
+        elif _BAR.match(rest) and leaf is None and self._rest.startswith("|"):
+            self._take(self._rest)
+            self._rest = _below(rest)
 
     def _physical(self, line: str) -> None:
         while len(line) > LINE:

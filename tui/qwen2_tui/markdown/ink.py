@@ -16,7 +16,7 @@ class Kind(IntEnum):
     """What text is, apart from emphasis."""
 
     TEXT = 0
-    QUIET = 1  # labels, footers, rules, what surrounds the text
+    QUIET = 1  # footers, what is said about the text
     HEADING = 2
     QUOTE = 3
     MARK = 4  # bullets, numbers
@@ -33,6 +33,7 @@ class Kind(IntEnum):
     BUILTIN = 15
     ADDED = 16
     REMOVED = 17
+    LINE = 18  # rules, the bars of quotes and tables
 
 
 def ink(kind: Kind, flags: int = 0) -> Ink:

@@ -40,6 +40,31 @@ def runs(text: str, kind: Kind = Kind.TEXT, flags: int = 0) -> tuple[Run, ...]:
     return tuple(made)
 
 
+_OPEN_LINK = re.compile(r"\[[^\[\]]{1,200}\]\([^()\s]{0,400}$")
+_CODE = re.compile(r"(`+)(?:(?!\1).)+\1", re.DOTALL)
+_SIGN = re.compile(r"(?<!\\)(?:\*\*|\*)")
+
+
+def closed(text: str) -> str:
+    """A text that is still written, with an end for what is open at its last line, so that signs do not show until their pair has come."""
+    line = text[text.rfind("\n") + 1 :]
+    bare = line.rstrip("*_`~[")  # what has just begun
+    text, line = text[: len(text) - len(line) + len(bare)], bare
+    line = _CODE.sub("", line)
+    if "`" in line:
+        return text + "`"
+    if _OPEN_LINK.search(line):
+        text += ")"
+    pending: list[str] = []
+    for match in _SIGN.finditer(line):
+        start, end = match.span()
+        if pending and pending[-1] == match[0] and not line[start - 1 : start].isspace():
+            pending.pop()
+        elif not line[end : end + 1].isspace():
+            pending.append(match[0])
+    return text.rstrip() + "".join(reversed(pending)) if pending else text
+
+
 def _walk(tokens: list[Token] | tuple[Token, ...], kind: Kind, base: int, made: list[Run]) -> None:
     depth = dict.fromkeys(_FLAGS, 0)
     flags = base

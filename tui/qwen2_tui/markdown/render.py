@@ -12,13 +12,13 @@ from rich.cells import cell_len
 from qwen2_tui.markdown.blocks import Block, Frame
 from qwen2_tui.markdown.code import highlight, language
 from qwen2_tui.markdown.ink import BOLD, Kind, Run, ink
-from qwen2_tui.markdown.inline import runs
+from qwen2_tui.markdown.inline import closed, runs
 from qwen2_tui.markdown.table import layout
 from qwen2_tui.markdown.wrap import chop, wrap
 
 MEASURE = 100  # cells: longer lines of prose tire the eye
 WIDE = 140  # cells of code and tables
-_BAR: Run = ("▎ ", ink(Kind.QUIET))
+_BAR: Run = ("▎ ", ink(Kind.LINE))
 
 
 @dataclass(slots=True)
@@ -91,7 +91,8 @@ Leaf = Iterator[tuple[list[Run], int, str]]
 
 def _text(block: Block, width: int) -> Leaf:
     kind = Kind.TEXT if all(frame.mark for frame in block.frames) else Kind.QUOTE
-    for line, joint in wrap(runs("\n".join(block.lines).replace("\t", " "), kind), min(width, MEASURE)):
+    text = "\n".join(block.lines).replace("\t", " ")
+    for line, joint in wrap(runs(closed(text) if block.growing else text, kind), min(width, MEASURE)):
         yield line, 0, joint
 
 
@@ -107,7 +108,7 @@ def _heading(block: Block, width: int) -> Leaf:
 
 
 def _rule(block: Block, width: int) -> Leaf:
-    yield [("─" * min(width, MEASURE), ink(Kind.QUIET))], min(width, MEASURE), "\n"
+    yield [("─" * min(width, MEASURE), ink(Kind.LINE))], min(width, MEASURE), "\n"
 
 
 def _code(block: Block, width: int) -> Leaf:

@@ -16,7 +16,7 @@ from qwen2_tui.markdown.wrap import wrap
 Side = Literal["left", "center", "right"]
 Cell = tuple[Run, ...]
 NARROWEST = 6  # cells of a column; with less, rows become records
-_QUIET = ink(Kind.QUIET)
+_LINE = ink(Kind.LINE)
 
 
 def layout(lines: Sequence[str], width: int) -> list[list[Run]]:
@@ -30,7 +30,7 @@ def layout(lines: Sequence[str], width: int) -> list[list[Run]]:
     natural = [max(_size(row[column]) for row in rows) for column in range(count)]
     widths = _fitting(natural, available)
     tight = sum(natural) > available  # rows take several lines: a rule between them tells which belong together
-    rule: list[Run] = [("─┼─".join("─" * one for one in widths), _QUIET)]
+    rule: list[Run] = [("─┼─".join("─" * one for one in widths), _LINE)]
     made = [*_row(rows[0], widths, sides), rule]
     for number, row in enumerate(rows[1:]):
         if tight and number:
@@ -75,7 +75,7 @@ def _row(row: tuple[Cell, ...], widths: tuple[int, ...], sides: tuple[Side, ...]
         line: list[Run] = []
         for column, width, side in zip(columns, widths, sides, strict=True):
             if line:
-                line.append((" │ ", _QUIET))
+                line.append((" │ ", _LINE))
             line += _aligned(column[number] if number < len(column) else [], width, side)
         made.append(line)
     return made
@@ -93,10 +93,10 @@ def _records(rows: Sequence[tuple[Cell, ...]], width: int) -> list[list[Run]]:
     made: list[list[Run]] = []
     for row in rows[1:] or rows:
         if made:
-            made.append([("─" * min(width, 12), _QUIET)])
+            made.append([("─" * min(width, 12), _LINE)])
         for head, cell in zip(rows[0], row, strict=True):
             if row is rows[0]:
                 made += [line for line, _ in wrap(head, width)]
             elif any(text for text, _ in cell):
-                made += [line for line, _ in wrap([*head, (": ", _QUIET), *cell], width)]
+                made += [line for line, _ in wrap([*head, (": ", _LINE), *cell], width)]
     return made

@@ -14,7 +14,7 @@ from qwen2_local.chats import State
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_local.types import Role
 from qwen2_tui.markdown.document import Document
-from qwen2_tui.markdown.ink import BOLD, Kind, ink
+from qwen2_tui.markdown.ink import Kind, ink
 from qwen2_tui.markdown.render import MEASURE, Line
 
 HEAD = -1  # the "block" of the role line, with the free line above it
@@ -67,7 +67,7 @@ class Shown:
     def _header(self) -> list[Line]:
         turn = self.turn
         kind = Kind.USER if turn.role == "user" else Kind.MODEL if turn.role == "assistant" else Kind.QUIET
-        runs = [(clean_line(turn.name), ink(kind, BOLD))]
+        runs = [(clean_line(turn.name), ink(kind))]
         notes = [f"‹ {turn.number}/{turn.count} ›"] if turn.count > 1 else []
         if turn.state == "partial":
             notes.append("broke off")

@@ -26,11 +26,12 @@ Transcript {
 
     & > .transcript--text { color: $foreground; }
     & > .transcript--quiet { color: $foreground 60%; }
+    & > .transcript--line { color: $foreground 30%; }
     & > .transcript--heading { color: $primary; }
     & > .transcript--quote { color: $foreground 80%; }
     & > .transcript--mark { color: $accent; }
     & > .transcript--user { color: $secondary; }
-    & > .transcript--model { color: $primary; }
+    & > .transcript--model { color: $foreground 60%; }
     & > .transcript--code { color: $foreground; background: $surface; }
     & > .transcript--label { color: $foreground 60%; background: $surface; }
     & > .transcript--edge { color: $foreground; background: $surface; }

@@ -158,7 +158,7 @@ class Transcript(ScrollView, can_focus=True):
 
     @property
     def _text_width(self) -> int:
-        return max(self.size.width - MARGIN - 1, 10)
+        return max(self.size.width - 2 * MARGIN, 10)
 
     def _changed(self, *, came: bool = False, unsettled: bool = False) -> None:
         """The turns are others. came: there is more at the end. unsettled: what was selected with the mouse may be gone."""
@@ -189,7 +189,8 @@ class Transcript(ScrollView, can_focus=True):
             # Not through the reactive, which would lay out the whole screen for a line more: nothing but the scroll bar depends on it.
             self.set_reactive(Widget.virtual_size, size)
             self._scroll_update(size)
-        self.scroll_target_y = self.scroll_y = y
+        if y != self.scroll_offset.y:
+            self.scroll_target_y = self.scroll_y = y
         self._moving = False
         self._repaint()
 
@@ -211,17 +212,13 @@ class Transcript(ScrollView, can_focus=True):
         if changed:
             self.refresh(Region(0, changed[0], self.size.width, changed[-1] + 1 - changed[0]))
 
-    def validate_scroll_y(self, value: float) -> float:
-        """Whole lines only."""
-        return round(super().validate_scroll_y(value))
-
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         """The reader scrolls."""
         self.vertical_scrollbar.position = new_value
-        if self._moving or old_value == new_value or not len(self._flow):
+        distance = round(new_value) - round(old_value)
+        if self._moving or not distance or not len(self._flow):
             return
         height = self.size.height
-        distance = round(new_value - old_value)
         near = abs(distance) <= 3 * height
         anchor, beyond = (self._top, distance) if near else (self._flow.place(round(new_value)), 0)
         while True:
@@ -296,17 +293,27 @@ class Transcript(ScrollView, can_focus=True):
             self.post_message(self.Action(name, self.selected))
 
     def action_code(self, step: int) -> None:
-        """Focus the next or previous code block, in another turn if there is none in this one."""
-        turn = self.selected if self.selected is not None else len(self._flow) - 1
-        which = self.code
+        """Focus the next or previous code block: from the focused one, or from what is seen."""
+        if not len(self._flow):
+            return
+        here = self._here(step)
+        turn = here.turn
         while 0 <= turn < len(self._flow):
-            count = len(self._flow[turn].document.codes())
-            which = (0 if step > 0 else count - 1) if which is None else which + step
-            if 0 <= which < count:
-                self.selected = turn
-                self.code = which
-                return
-            turn, which = turn + step, None
+            codes = self._flow[turn].document.codes()
+            numbered = list(enumerate(Place(turn, first, 0) for first, _ in codes))
+            for number, place in numbered if step > 0 else reversed(numbered):
+                if place > here if step > 0 else place < here:
+                    self.selected, self.code = turn, number
+                    return
+            turn += step
+
+    def _here(self, step: int) -> Place:
+        """Where to look for code from: the focused block, or the edge of the window."""
+        if self.selected is not None and self.code is not None:
+            return Place(self.selected, self._flow[self.selected].document.codes()[self.code][0], 0)
+        y, height = self.scroll_offset.y, self.size.height
+        top, bottom = self._flow.place(y), self._flow.place(min(y + height, self._flow.height) - 1)
+        return Place(top.turn, top.block, -1) if step > 0 else bottom
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Which keys mean something on the selected turn."""
@@ -401,7 +408,7 @@ class Transcript(ScrollView, can_focus=True):
         """A line. What was drawn last is taken, if all that it depends on is as it was."""
         assert self._palette is not None
         line = self._flow.line(number)
-        focus = self.has_focus and self._flow.turn_at(number) == self.selected
+        focus = self.has_focus and self._flow.turn_at(number) == self.selected and number != self._flow.start(self.selected or 0)
         place = self._flow.place(number) if self.text_selection is not None or (focus and self.code is not None) else None
         span = self.text_selection.get_span(place.code) if self.text_selection is not None and place is not None else None
         coded = focus and place is not None and self._in_focused_code(place)
