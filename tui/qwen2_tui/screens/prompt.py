@@ -49,7 +49,7 @@ class PromptScreen(ModalScreen[None]):
     """For a turn of a chat: what its reply was, or would be, computed from."""
 
     DEFAULT_CSS = """
-    PromptScreen { background: $surface; layout: vertical; }
+    PromptScreen { background: $background; layout: vertical; }
     PromptScreen #title { height: 1; padding: 0 1; background: $panel; text-style: bold; }
     PromptScreen #counts { height: auto; padding: 0 1; color: $text-muted; }
     PromptScreen #legend { height: auto; padding: 0 1; margin-bottom: 1; color: $text-muted; }

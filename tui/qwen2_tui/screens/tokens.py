@@ -76,7 +76,7 @@ class TokensScreen(ModalScreen[str | None]):
     """Of one reply. Ends with the text from which it is to go on, or None."""
 
     DEFAULT_CSS = """
-    TokensScreen { background: $surface; layout: vertical; }
+    TokensScreen { background: $background; layout: vertical; }
     TokensScreen #title { height: 1; padding: 0 1; background: $panel; text-style: bold; }
     TokensScreen #words, TokensScreen #legend { height: auto; padding: 0 1; color: $text-muted; }
     TokensScreen #both { height: 1fr; margin-top: 1; }
@@ -85,7 +85,7 @@ class TokensScreen(ModalScreen[str | None]):
     TokensScreen.-narrow #both { layout: vertical; }
     TokensScreen.-narrow #side { width: 100%; height: 9; border-left: none; border-top: solid $panel; }
     TokensScreen #token { height: auto; }
-    TokensScreen #alternatives { height: 1fr; border: none; padding: 0; background: $surface; display: none; }
+    TokensScreen #alternatives { height: 1fr; border: none; padding: 0; background: $background; display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "close", "close", show=True),

@@ -154,6 +154,9 @@ class ChatList(ScrollView, can_focus=True):
         return Strip(segments).adjust_cell_length(width)
 
     def _style(self, name: str) -> Style:
+        if name == "chats--muted":
+            # Its colour is made of text and background: by itself it would be plain black or white.
+            return Style(color=self.get_component_rich_style(name).color)
         return self.get_component_rich_style(name, partial=True)
 
     # Moving

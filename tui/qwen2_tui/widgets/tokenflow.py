@@ -82,7 +82,7 @@ class Flow(ScrollView, can_focus=True):
     """Shows pieces; one of them may be selected."""
 
     DEFAULT_CSS = """
-    Flow { height: 1fr; scrollbar-size-vertical: 1; background: $surface; }
+    Flow { height: 1fr; scrollbar-size-vertical: 1; background: $background; }
     """
 
     selected: reactive[int | None] = reactive(None)
