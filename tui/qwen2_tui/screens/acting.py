@@ -72,7 +72,7 @@ class Acting:
 
     # Turns
 
-    def plan(self, task: Task, text: str) -> Plan | None:
+    def plan(self, task: Task, text: str) -> Plan:
         """What a message asks for, as it was written for `task`."""
         match task.kind:
             case "question":
@@ -81,6 +81,15 @@ class Acting:
                 return self._conversation.edit(task.index, text, self._wishes())
             case "reply":
                 return self._conversation.go_on(task.index, self._wishes(), text)
+
+    def select(self, message: int | None) -> None:
+        """The turn of this message, by its number; back to where one writes if it is none of this branch."""
+        index = next((index for index, one in enumerate(self._conversation.messages) if one.id == message), None)
+        if index is None:
+            self._screen.focus_composer()
+        else:
+            self._screen.transcript.focus()
+            self._screen.transcript.selected = index
 
     def edit(self, index: int) -> None:
         """Another wording of a question, or another beginning of a reply."""

@@ -7,8 +7,8 @@ acting     what is done with a turn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on
@@ -18,7 +18,6 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static, TextArea
 
-from qwen2_local.chats.attached import Attached, joined
 from qwen2_tui.conversation import Conversation
 from qwen2_tui.events import ChatsChanged, HostChanged, SettingsChanged
 from qwen2_tui.keys import bind
@@ -26,7 +25,8 @@ from qwen2_tui.screens.acting import Acting
 from qwen2_tui.screens.entering import Entering
 from qwen2_tui.screens.gauging import Gauges
 from qwen2_tui.screens.replying import Replying
-from qwen2_tui.screens.writing import Task, Writing
+from qwen2_tui.screens.sending import Sending
+from qwen2_tui.screens.writing import Writing
 from qwen2_tui.session import Session
 from qwen2_tui.settings import ChatSettings, differing, with_options
 from qwen2_tui.widgets.composer import Composer
@@ -88,6 +88,7 @@ class ChatScreen(Screen[None]):
         self.writing = Writing(self, self.composer, self.query_one("#notes", Static))
         self.replying = Replying(self)
         self.acting = Acting(self)
+        self.sending = Sending(self)
         self.entering = Entering(self)
         self.gauges = Gauges(self)
         self.show_turns()
@@ -138,12 +139,12 @@ class ChatScreen(Screen[None]):
         draft = "" if temporary else self.writing.unsent
         self.entering.enter(Session(Conversation(self.qwen.store, temporary=temporary)), draft)
 
-    def open_chat(self, number: int) -> None:
-        """A saved one. A reply that is under way goes on behind it."""
-        if number == self.number:
-            self.focus_composer()
-            return
-        self.entering.open(number)
+    def open_chat(self, number: int, message: int | None = None) -> None:
+        """A saved one, at its message `message` if that is named. A reply that is under way goes on behind it."""
+        if number != self.number:
+            self.entering.open(number, message)
+        else:
+            self.acting.select(message)
 
     def ask(self, text: str) -> None:
         """As if it had been typed and sent."""
@@ -178,6 +179,9 @@ class ChatScreen(Screen[None]):
     def toggle_sidebar(self) -> None:
         """Shows the list of chats, or hides it."""
         self.sidebar.toggle()
+        settings = self.qwen.settings
+        if self.sidebar.shown != settings.sidebar:
+            self.qwen.change_settings(replace(settings, sidebar=self.sidebar.shown))
         if not (self.sidebar.shown or self.sidebar.drawer):
             self.focus_composer()
 
@@ -228,40 +232,11 @@ class ChatScreen(Screen[None]):
 
     @on(Composer.Sent)
     def _sent(self, event: Composer.Sent) -> None:
-        self._send(event.text)
+        self.sending.send(event.text)
 
     @on(Welcome.Picked)
     def _picked(self, event: Welcome.Picked) -> None:
         self.ask(event.text)
-
-    def _send(self, text: str) -> None:
-        host = self.qwen.host
-        if self.busy:
-            self.qwen.tell("The reply is still being written: esc stops it.")
-        elif self.entering.ready:
-            self.writing.submit(text)
-        elif host.state.phase == "failed" and not host.state.crashed:
-            self.qwen.tell(f"There is no model: {host.state.words}", problem=True)
-        else:
-            self.writing.wait(text)
-            if host.state.crashed:
-                host.restart(safe=host.state.wish.safe)
-
-    def ask_with(self, text: str, files: Sequence[Attached], task: Task) -> None:
-        """What was written, with the files that it mentions: a question, or another wording of a turn."""
-        if not self.entering.ready or self.busy:
-            self._send(text)
-            return
-        message = joined(text, files)
-        if task.kind == "question" and self.gauges.refuses(text):
-            return
-        plan = self.acting.plan(task, message)
-        if plan is None:
-            return
-        self.writing.sent()
-        if task.kind == "question":
-            self.composer.questions = [text, *(one for one in self.composer.questions if one != text)]
-        self.replying.begin(plan, text)
 
     # What is shown
 
@@ -324,7 +299,7 @@ class ChatScreen(Screen[None]):
 
     @on(Sidebar.Opened)
     def _wanted(self, event: Sidebar.Opened) -> None:
-        self.open_chat(event.chat)
+        self.open_chat(event.chat, event.message)
 
     @on(Sidebar.New)
     def _new(self, event: Sidebar.New) -> None:

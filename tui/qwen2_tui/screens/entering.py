@@ -42,12 +42,12 @@ class Entering:
         """With the chat that was asked for, or an empty one."""
         self._screen.run_worker(self._look, thread=True, group="open")
 
-    def open(self, number: int) -> None:
-        """A saved chat."""
+    def open(self, number: int, message: int | None = None) -> None:
+        """A saved chat, at its message `message` if that is named."""
         self._turn += 1
         # Of the replies that go on behind it, one may be this chat's.
         session = self._screen.replying.come_back(number)
-        self._screen.run_worker(partial(self._read, self._turn, number, session), thread=True, group="open")
+        self._screen.run_worker(partial(self._read, self._turn, number, message, session), thread=True, group="open")
 
     def open_broken(self) -> None:
         """The chat that the last visit left in the middle."""
@@ -106,7 +106,7 @@ class Entering:
             screen.offers.show(Offer("last", words, (Choice("open", "open it"), _LEAVE)))
         self.use()
 
-    def _read(self, turn: int, number: int, session: Session | None) -> None:
+    def _read(self, turn: int, number: int, message: int | None, session: Session | None) -> None:
         """In a thread."""
         qwen = self._screen.qwen
         try:
@@ -119,11 +119,13 @@ class Entering:
         except Qwen2LocalError as error:
             qwen.call_from_thread(qwen.problem, error)
             return
-        qwen.call_from_thread(self._was_read, turn, session, draft)
+        qwen.call_from_thread(self._was_read, turn, message, session, draft)
 
-    def _was_read(self, turn: int, session: Session, draft: str) -> None:
+    def _was_read(self, turn: int, message: int | None, session: Session, draft: str) -> None:
         if turn == self._turn:
             self.enter(session, draft)
+            if message is not None:
+                self._screen.acting.select(message)
         else:
             self._screen.replying.leave(session)
 
@@ -185,4 +187,4 @@ class Entering:
         waiting = screen.writing.waiting
         if waiting is not None:
             screen.writing.waiting = None
-            screen.writing.submit(waiting)
+            screen.sending.send(waiting)

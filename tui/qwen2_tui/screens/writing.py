@@ -1,4 +1,4 @@
-"""What is being written: its draft, the files that it mentions, how much room it takes, and what it is for (a question, an edit)."""
+"""What is being written: what it is for (a question, an edit), its draft, and how much room it takes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class Writing:
         """A message that is sent as soon as there is a model."""
         self.counted: str | None = None
         """The message that was counted last."""
+        self.warned: str | None = None
+        """The message of which was said that not all its files can be sent."""
         self._stash = ""
-        self._warned = ""
         self._turn = 0
         self._drafts: dict[int | None, str] = {}
         self._storing = threading.Lock()
@@ -102,7 +103,7 @@ class Writing:
     def sent(self) -> None:
         """What was written is on its way."""
         self.open(self._stash if self.task is not _NEW else "")
-        self._warned = ""
+        self.warned = None
 
     def give_back(self, text: str) -> None:
         """What was sent and could not be asked; not over what is being written since."""
@@ -114,30 +115,10 @@ class Writing:
         self.waiting = text
         self._composer.name_task("sent as soon as the model is there · esc takes it back")
 
-    # Files
+    # Files, and how much room it takes
 
-    def submit(self, text: str) -> None:
-        """Read the files that `text` mentions, then hand it to the screen."""
-        if attach.mentions(text):
-            self._screen.run_worker(partial(self._read, text, self.task), thread=True, group="attach", exclusive=True)
-        else:
-            self._screen.ask_with(text, (), self.task)
-
-    def _read(self, text: str, task: Task) -> None:
-        """In a thread."""
-        reading = attach.read(text, self._tokens, kept=task.files)
-        self._screen.app.call_from_thread(self._was_read, text, task, reading)
-
-    def _was_read(self, text: str, task: Task, reading: attach.Reading) -> None:
-        if text != self._composer.text or task is not self.task:
-            return  # more was written meanwhile
-        if reading.problems and self._warned != text:
-            self._warned = text
-            self.say(" ".join([*reading.problems, "Enter again sends it as it is."]))
-            return
-        self._screen.ask_with(text, reading.files, task)
-
-    def _tokens(self, text: str) -> int:
+    def tokens(self, text: str) -> int:
+        """Of a text, as the model counts them."""
         model = self._screen.qwen.host.model
         return len(model.tokenizer.encode(text)) if model is not None else 0
 
@@ -145,8 +126,6 @@ class Writing:
         """A line above the message; "" for nothing."""
         self._notes.update(clean_line(words))
         self._notes.display = bool(words)
-
-    # How much room it takes, and its draft
 
     def changed(self) -> None:
         """Something was typed: count and keep it soon, not at every key."""
@@ -171,7 +150,7 @@ class Writing:
 
     def _measure(self, turn: int, conversation: Conversation, text: str) -> None:
         """In a thread."""
-        reading = attach.read(text, self._tokens) if attach.mentions(text) else attach.Reading()
+        reading = attach.read(text, self.tokens) if attach.mentions(text) else attach.Reading()
         try:
             measure = conversation.measure(joined(text, reading.files) if text.strip() else "")
         except Qwen2LocalError:
@@ -181,7 +160,7 @@ class Writing:
     def _measured(self, turn: int, conversation: Conversation, text: str, measure: Measure, reading: attach.Reading) -> None:
         if turn == self._turn and conversation is self._screen.session.conversation:
             self.counted = text
-            if self._warned != self._composer.text:
+            if self.warned != text:
                 self.say(" · ".join(attach.summary(reading)))
             self._screen.gauges.measured(measure)
 
