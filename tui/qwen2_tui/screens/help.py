@@ -97,7 +97,7 @@ def more() -> Iterable[str]:
 
 def _section(text: Text, place: Where, rows: list[tuple[str, str]], width: int, colour: str) -> None:
     text.append(f"\n{PLACES[place]}\n", f"bold {colour}")
-    column = min(max(cell_len(keys) for keys, _ in rows), width // 3)
+    column = min(max(cell_len(keys) for keys, _ in rows), width * 2 // 5)
     for keys, words in rows:
         if cell_len(keys) > column:
             text.append(f"  {keys}\n", "bold")
