@@ -137,7 +137,11 @@ class Shown:
         if number < head:
             return self._head[number]
         number -= head
-        return self.document.line(number) if number < self.document.height else self._foot[number - self.document.height]
+        if number < self.document.height:
+            return self.document.line(number)
+        foot = number - self.document.height
+        # It was estimated to be higher, and is drawn before it was prepared: it soon will be.
+        return self._foot[foot] if foot < len(self._foot) else Line([])
 
     def all(self) -> Iterator[tuple[int, list[Line]]]:
         """All its lines, block by block."""
