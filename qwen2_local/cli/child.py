@@ -1,4 +1,4 @@
-"""The command line as a child of a program that shows what it does: `python -m qwen2_local.cli.child pull 7b --yes --json --events`.
+"""The command line as a child of a program that shows what it does: `python -m qwen2_local.cli.child NICE pull 7b --yes --json --events`.
 
 It works when nobody else wants the processor, and ends with its parent, however that ends: its stdin is a pipe that the parent holds open.
 """
@@ -14,15 +14,14 @@ from pathlib import Path
 
 from qwen2_local.cli import main
 
-_NICE = 19
 _END_S = 10.0
 
 
-def _step_back() -> None:
-    """The least of this processor. Linux weighs sessions against each other first, where it groups by them, and processes only within one."""
-    os.nice(_NICE)
+def _step_back(nice: int) -> None:
+    """Less of the processor. Linux weighs sessions against each other first, where it groups by them, and processes only within one."""
+    os.nice(nice)
     with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(_NICE))
+        Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def _end_with_parent() -> None:
@@ -36,7 +35,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _step_back()
+    _step_back(int(sys.argv.pop(1)))
     # Whoever starts this may ignore Ctrl-C, which is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, name="qwen2-local ends with its parent", daemon=True).start()

@@ -1,4 +1,4 @@
-"""One command of ours in a process of its own, at the lowest priority: read by a thread, stopped by closing its stdin, gone when we are."""
+"""One command of ours in a process of its own, at a low priority: read by a thread, stopped by closing its stdin, gone when we are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from qwen2_local.sanitize import clean
+
+NICE = 15
+"""Its priority: beside a model that computes on all cores it gets about 3 % of one."""
 
 _MOST_LINES = 20
 _MOST_ANSWER = 1 << 22
@@ -42,7 +45,7 @@ class Child:
         try:
             # A session of its own: a Ctrl-C in the terminal is not for it, and Linux weighs sessions against each other.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qwen2_local.cli.child", *arguments],
+                [sys.executable, "-P", "-m", "qwen2_local.cli.child", str(NICE), *arguments],
                 stdin=subprocess.PIPE, stdout=self._answer, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError:

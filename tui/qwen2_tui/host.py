@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwen2_local.errors import Cancelled, Qwen2LocalError
+from qwen2_local.loading import Report
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_tui.model import Loader, LoadWish, Model, label_of
 
@@ -86,6 +87,10 @@ class Host:
                 threading.Thread(target=self._ask_ps, args=(pid,), name="qwen2-local memory", daemon=True).start()
         return self._memory[1]
 
+    def beside(self, wish: LoadWish, report: Report) -> Model:
+        """Load one more, in the calling thread; who asks for it closes it. Raises what the loader raises."""
+        return self._loader(wish, report)
+
     def close(self) -> None:
         """Let the model go. Waits neither for a load nor for the process to end: that ends with this one. Idempotent."""
         self._closed = True
@@ -154,9 +159,16 @@ class Host:
             self._set(HostState("loading", wish, words))
 
     def _ask_ps(self, pid: int) -> None:
-        with suppress(OSError, ValueError, subprocess.SubprocessError):
-            said = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, timeout=5, check=True).stdout
-            self._memory = (self._memory[0], int(said) * 1024)
+        self._memory = (self._memory[0], resident(pid))
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds; 0 where that is not known. May start another process: not for the UI thread, but on Linux."""
+    if sys.platform == "linux":
+        return _resident(pid)
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, timeout=5, check=True).stdout) * 1024
+    return 0
 
 
 def _resident(pid: int) -> int:

@@ -265,4 +265,4 @@ def _number(value: object) -> float:
 
 
 def _left(value: object) -> float | None:
-    return _number(value) if value is not None else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
