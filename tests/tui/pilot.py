@@ -54,8 +54,17 @@ class ScriptedJobs:
         self.asked: list[tuple[str, str]] = []
         self.tell: Callable[[Any], None] = lambda job: None
 
+    def look(self) -> None:
+        """There is nothing from earlier days."""
+
     def start(self, name: str, *_: Any, **__: Any) -> None:
         self.asked.append(("start", name))
+
+    def verify(self, name: str) -> None:
+        self.asked.append(("verify", name))
+
+    def dismiss(self, name: str) -> None:
+        self.asked.append(("dismiss", name))
 
     def pause(self, name: str) -> None:
         self.asked.append(("pause", name))
