@@ -11,12 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwen2_local.errors import Cancelled, Qwen2LocalError
-from qwen2_local.loading import Report
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_tui.model import Loader, LoadWish, Model, label_of
+
+if TYPE_CHECKING:
+    from qwen2_local.loading import Report
 
 _log = logging.getLogger(__name__)
 _TELL_EVERY_S = 0.2
