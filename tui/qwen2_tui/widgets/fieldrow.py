@@ -65,6 +65,24 @@ class Pick(Static, can_focus=True):
         self.action_walk(-1 if event.x < 2 else 1)
 
 
+class Prose(TextArea):
+    """Several lines; up in the first and down in the last lead out of it."""
+
+    def action_cursor_up(self, select: bool = False) -> None:
+        """A line up."""
+        if self.cursor_at_first_line and not select:
+            self.screen.focus_previous()
+        else:
+            super().action_cursor_up(select)
+
+    def action_cursor_down(self, select: bool = False) -> None:
+        """A line down."""
+        if self.cursor_at_last_line and not select:
+            self.screen.focus_next()
+        else:
+            super().action_cursor_down(select)
+
+
 class FieldRow(Widget):
     """A field with its value, to be changed. What is typed is checked at every key.
 
@@ -124,7 +142,7 @@ class FieldRow(Widget):
         if self._values:
             yield Pick([self._label(value) for value in self._values], self._values.index(self.value))
         elif self.field.kind == "text":
-            yield TextArea(self.field.show(self.value), compact=True, placeholder=self._unset, show_line_numbers=False)
+            yield Prose(self.field.show(self.value), compact=True, placeholder=self._unset, show_line_numbers=False)
         else:
             line = Line(self.field.show(self.value), placeholder=self._unset)
             line.suggester = SuggestFromList(self._suggestions) if self._suggestions else None
@@ -146,12 +164,15 @@ class FieldRow(Widget):
 
     def put(self, value: Value | None) -> None:
         """As if a person had given it this value."""
+        text = self.field.show(value)
         if self._values:
             self.query_one(Pick).place = self._values.index(value)
-        elif self.field.kind == "text":
-            self.query_one(TextArea).text = self.field.show(value)
+            return
+        if self.field.kind == "text":
+            self.query_one(TextArea).text = text
         else:
-            self.query_one(Line).value = self.field.show(value)
+            self.query_one(Line).value = text
+        self._read(text)
 
     def settle(self, value: Value | None) -> None:
         """This is its value now; what a person has typed and not saved stays."""

@@ -99,8 +99,8 @@ def read_keys(typed: str) -> tuple[str, str]:
 def _read_key(typed: str) -> tuple[str, str]:
     *modifiers, name = typed.lower().split("+") if len(typed) > 1 else [typed]
     name = _PEOPLES.get(name, name)
-    if len(name) == 1:
-        name = _character_to_key(typed[-1])
+    if len(name) == 1 and name.isprintable():
+        name = _character_to_key(name if modifiers else typed)
     elif name not in _NAMES:
         return "", f'There is no key "{clean_line(typed)[:30]}". Examples: ctrl+s, f9, page up, é.'
     if not set(modifiers) <= _MODIFIERS:

@@ -1,0 +1,329 @@
+"""F2: every setting with what it does, checked as one types, saved into the file; presets and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import OptionList, Tabs, TextArea
+
+from qwen2_local import paths
+from qwen2_local.chats import ChatStore
+from qwen2_tui.fields import CHAT, LOOK, MODEL
+from qwen2_tui.screens.settings import SECTIONS, SettingsScreen
+from qwen2_tui.settings import ChatSettings, ModelSettings, Settings, SettingsFile, applied
+from qwen2_tui.widgets.dialogs import Ask, Choose, Confirm, Line
+from qwen2_tui.widgets.fieldrow import FieldRow, Pick
+from qwen2_tui.widgets.keylist import KeyList, read_keys
+from qwen2_tui.widgets.presets import Presets, summary
+from tests.tui.pilot import ask, make_app, running, screen_text, wait_for_text, wait_until
+from tests.tui.scripted import ScriptedLoader, ScriptedModel
+
+
+async def opened(pilot: Pilot[Any], section: str = "chat") -> SettingsScreen:
+    app: Any = pilot.app
+    if not isinstance(app.screen, SettingsScreen):
+        app.open_settings()
+        await wait_until(pilot, lambda: isinstance(app.screen, SettingsScreen) and app.screen.query(Tabs))
+    screen: SettingsScreen = app.screen
+    screen.query_one(Tabs).active = section
+    await wait_until(pilot, lambda: [one for one in screen.query_one(f"#section-{section}").query("*") if one.focusable])
+    return screen
+
+
+def row(screen: SettingsScreen, name: str) -> FieldRow:
+    section = screen.query_one(f"#section-{screen.query_one(Tabs).active}")
+    return next(one for one in section.query(FieldRow).results(FieldRow) if one.field.name == name)
+
+
+def kept() -> Settings:
+    settings, notes = SettingsFile(paths.home() / "settings.toml").read()
+    assert notes == ()
+    return settings
+
+
+async def dialog(pilot: Pilot[Any], kind: type) -> Any:
+    await wait_until(pilot, lambda: isinstance(pilot.app.screen, kind) and pilot.app.screen.is_mounted)
+    return pilot.app.screen
+
+
+async def test_every_setting_is_there_with_a_line_that_explains_it() -> None:
+    app = make_app()
+    async with running(app, size=(100, 60)) as pilot:
+        for section, known in (("new", CHAT), ("model", MODEL), ("look", LOOK)):
+            await opened(pilot, section)
+            await wait_until(pilot, lambda known=known: all(one.words in screen_text(app) for one in known))
+            assert all(one.title in screen_text(app) for one in known)
+
+
+async def test_what_is_typed_is_checked_at_once_and_not_saved_while_it_is_wrong() -> None:
+    app = make_app()
+    async with running(app, size=(80, 30)) as pilot:
+        screen = await opened(pilot, "new")
+        row(screen, "temperature").focus()
+        await pilot.press(*"1000")
+        await wait_for_text(pilot, "It has to be a number from 0 to 100.")
+        await pilot.press("ctrl+s")
+        assert not (paths.home() / "settings.toml").exists()
+        await pilot.press("backspace", "backspace", "backspace")
+        await wait_for_text(pilot, "1 change: ctrl+s saves.")
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: kept().chat == ChatSettings(temperature=1.0))
+        assert app.settings.chat.temperature == 1.0
+        assert "All of it lies in" in screen_text(app)
+
+
+async def test_the_next_question_is_asked_as_the_settings_say_now() -> None:
+    app = make_app("fine")
+    async with running(app) as pilot:
+        screen = await opened(pilot, "new")
+        row(screen, "top_k").put(7)
+        row(screen, "system").query_one(TextArea).text = "Be\nbrief."
+        row(screen, "lookup").focus()
+        await pilot.press("right", "ctrl+s", "escape")
+        await wait_until(pilot, lambda: app.screen is app.chat_screen)
+        assert kept().chat == ChatSettings(top_k=7, system="Be\nbrief.", lookup=True)
+        app.chat_screen.focus_composer()
+        await ask(pilot, "Hello?")
+        await wait_until(pilot, lambda: app.scripted.prompts)
+        asked = app.scripted.options[-1]
+        assert (asked["top_k"], asked["lookup"]) == (7, True)
+        assert "Be\nbrief." in app.scripted.read
+
+
+async def test_a_chat_has_its_own_settings_and_keeps_them() -> None:
+    store = ChatStore.open(paths.home() / "chats.db")
+    app = make_app("one", "two", store=store)
+    async with running(app) as pilot:
+        await ask(pilot, "Hello?")
+        await wait_until(pilot, lambda: app.chat_screen.number is not None and not app.chat_screen.busy)
+        screen = await opened(pilot, "chat")
+        row(screen, "seed").put(5)
+        assert row(screen, "system").disabled
+        await pilot.press("ctrl+s", "escape")
+        await wait_until(pilot, lambda: store.options(1) == {"seed": 5})
+        assert app.settings.chat == ChatSettings()
+        app.chat_screen.focus_composer()
+        await ask(pilot, "And?")
+        await wait_until(pilot, lambda: len(app.scripted.options) == 2)
+        assert app.scripted.options[-1]["seed"] == 5
+
+
+async def test_other_settings_of_the_model_load_it_anew_and_say_so_before() -> None:
+    loader = ScriptedLoader(ScriptedModel())
+    app = make_app(loader=loader)
+    async with running(app, size=(80, 30)) as pilot:
+        screen = await opened(pilot, "model")
+        row(screen, "context").put(4096)
+        row(screen, "kv_bits").focus()
+        await pilot.press("right")
+        await wait_for_text(pilot, "2 changes: ctrl+s saves. The model is then loaded anew.")
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: len(loader.wishes) == 2)
+        assert (loader.wishes[1].context, loader.wishes[1].kv_bits, loader.wishes[1].name) == (4096, 8, "guide")
+        assert kept().model == ModelSettings(context=4096, kv_bits=8)
+        row(screen, "model").put("7b")
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: len(loader.wishes) == 3)
+        assert loader.wishes[2].name == "7b"
+
+
+async def test_the_theme_is_another_once_it_is_saved() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "look")
+        row(screen, "theme").focus()
+        await pilot.press("right", "ctrl+s")
+        await wait_until(pilot, lambda: app.theme == "qwen2-light")
+        assert kept().theme == "light"
+
+
+async def test_leaving_asks_what_becomes_of_changes() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        for answer in ("escape", "3", "2"):
+            screen = await opened(pilot, "new")
+            row(screen, "seed").put(1)
+            await pilot.press("escape")
+            await dialog(pilot, Choose)
+            await pilot.press(answer)
+            there = app.chat_screen if answer == "2" else screen
+            await wait_until(pilot, lambda there=there: app.screen is there)
+            assert app.settings.chat.seed is None
+        screen = await opened(pilot, "new")
+        assert row(screen, "seed").value is None
+        row(screen, "seed").put(2)
+        await pilot.press("escape")
+        await dialog(pilot, Choose)
+        await pilot.press("1")
+        await wait_until(pilot, lambda: app.screen is app.chat_screen and kept().chat.seed == 2)
+
+
+async def test_a_value_is_reset_to_what_holds_without_it() -> None:
+    app = make_app()
+    app.settings_file.write(Settings(chat=ChatSettings(seed=3)))
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "chat")
+        row(screen, "seed").put(9)
+        row(screen, "seed").focus()
+        await pilot.press("ctrl+r")
+        assert row(screen, "seed").value == 3 and not row(screen, "seed").edited
+        screen = await opened(pilot, "new")
+        row(screen, "seed").focus()
+        await pilot.press("ctrl+r", "ctrl+s")
+        await wait_until(pilot, lambda: kept().chat.seed is None)
+
+
+async def test_by_keys_alone_at_60_by_20() -> None:
+    app = make_app()
+    async with running(app, size=(60, 20)) as pilot:
+        await pilot.press("f2")
+        await wait_until(pilot, lambda: isinstance(app.screen, SettingsScreen) and app.screen.query(FieldRow))
+        screen = app.screen
+        for name in [*list(SECTIONS)[1:], "chat"]:
+            await pilot.press("ctrl+pagedown")
+            await wait_until(pilot, lambda name=name: screen.query_one(Tabs).active == name)
+        await pilot.press("down", "down", *"0.5", "down", "up")
+        await wait_until(pilot, lambda: row(screen, "temperature").value == 0.5)
+        assert row(screen, "temperature").has_focus_within
+        assert all(len(line) <= 60 for line in screen_text(app).splitlines())
+        await pilot.press("ctrl+r", "escape")
+        await wait_until(pilot, lambda: app.screen is app.chat_screen)
+
+
+async def test_what_changes_elsewhere_is_shown_but_not_over_what_was_typed() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "new")
+        row(screen, "seed").put(7)
+        app.change_settings(Settings(chat=ChatSettings(seed=1, top_k=4)))
+        await wait_until(pilot, lambda: row(screen, "top_k").query_one(Line).value == "4")
+        assert row(screen, "seed").query_one(Line).value == "7"
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: kept().chat == ChatSettings(seed=7, top_k=4))
+
+
+# Presets
+
+
+async def test_a_preset_is_kept_used_renamed_and_deleted() -> None:
+    app = make_app()
+    app.settings_file.write(Settings(chat=ChatSettings(system="Be kind.", top_k=3)))
+    app = make_app()
+    async with running(app) as pilot:
+        app.chat_screen.change_chat(ChatSettings(temperature=0.0, top_k=3))
+        screen = await opened(pilot, "presets")
+        presets = screen.query_one(Presets)
+        presets.focus()
+        await pilot.press("enter")
+        await dialog(pilot, Ask)
+        await pilot.press(*"precise", "enter")
+        await wait_until(pilot, lambda: kept().presets == {"precise": ChatSettings(temperature=0.0, top_k=3)})
+        await wait_for_text(pilot, "temperature 0 · top-k 3")
+        app.chat_screen.change_chat(ChatSettings())
+
+        async def choose(number: str) -> None:
+            presets.highlighted = 1
+            presets.focus()
+            await pilot.press("enter")
+            await dialog(pilot, Choose)
+            await pilot.press(number)
+
+        await choose("1")
+        # What the preset does not set is as in every new chat.
+        await wait_until(pilot, lambda: app.chat_screen.chat_settings == ChatSettings(temperature=0.0, top_k=3, system="Be kind."))
+        await choose("2")
+        await wait_until(pilot, lambda: kept().chat == ChatSettings(temperature=0.0, top_k=3, system="Be kind."))
+        await choose("4")
+        await dialog(pilot, Ask)
+        await pilot.press("ctrl+u", *"cold", "enter")
+        await wait_until(pilot, lambda: list(kept().presets) == ["cold"])
+        await choose("5")
+        await dialog(pilot, Confirm)
+        await pilot.press("y")
+        await wait_until(pilot, lambda: kept().presets == {})
+
+
+def test_a_preset_is_put_over_what_every_new_chat_has() -> None:
+    base = ChatSettings(system="Be kind.", temperature=0.9, lookup=True)
+    assert applied(ChatSettings(temperature=0.0), base) == ChatSettings(system="Be kind.", temperature=0.0, lookup=True)
+    assert summary(ChatSettings()) == "the model's own"
+    assert summary(ChatSettings(temperature=0.0, system="a\x1b[31m", seed=0)) == "system prompt a[31m · temperature 0 · seed 0"
+
+
+# Keys
+
+
+async def test_a_key_is_changed_checked_and_holds_at_once() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "keys")
+        keys = screen.query_one(KeyList)
+        keys.focus()
+        keys.highlighted = keys.get_option_index("app.sidebar")
+        await pilot.press("enter")
+        asked = await dialog(pilot, Ask)
+        line = asked.query_one(Line)
+        assert line.value == "f3"
+        line.value = "ctrl+n"
+        await wait_for_text(pilot, "ctrl+n is new chat already.")
+        line.value = "f12"
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: kept().keys == {"app.sidebar": "f12"})
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: app.screen is app.chat_screen)
+        shown = app.chat_screen.sidebar.shown
+        await pilot.press("f12")
+        await wait_until(pilot, lambda: app.chat_screen.sidebar.shown is not shown)
+
+
+@pytest.mark.parametrize(
+    ("typed", "keys"),
+    [
+        ("ctrl+s", "ctrl+s"),
+        ("Ctrl+S, F9", "ctrl+s,f9"),
+        ("page up", "pageup"),
+        ("esc", "escape"),
+        ("/", "slash"),
+        ("é", "é"),
+        ("K", "K"),
+        ("", ""),
+        ("alt+/", "alt+slash"),
+    ],
+)
+def test_keys_are_read_as_people_write_them(typed: str, keys: str) -> None:
+    assert read_keys(typed) == (keys, "")
+
+
+@pytest.mark.parametrize("typed", ["ctrl+", "hyperspace", "ctrl+s,,f9", "hold+x", "f99", "\x1b"])
+def test_what_is_no_key_is_said(typed: str) -> None:
+    keys, problem = read_keys(typed)
+    assert keys == "" and problem
+
+
+def test_every_usual_key_can_be_typed_as_it_is_shown() -> None:
+    from qwen2_tui.keys import TABLE
+
+    assert {key.id: read_keys(key.shown) for key in TABLE} == {key.id: (key.keys, "") for key in TABLE}
+
+
+# Rows
+
+
+async def test_a_row_of_a_few_values_is_walked_through_by_key_and_mouse() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "model")
+        backend = row(screen, "backend")
+        pick = backend.query_one(Pick)
+        pick.focus()
+        values = []
+        for key in ("right", "space", "enter", "left"):
+            await pilot.press(key)
+            values.append(backend.value)
+        assert values == ["mlx", "llama.cpp", None, "llama.cpp"]
+        await pilot.click(pick, offset=(6, 0))
+        await wait_until(pilot, lambda: backend.value is None)
+        assert not [one for one in screen.query(OptionList) if one.has_focus]
