@@ -108,9 +108,9 @@ async def test_a_model_that_is_not_there_is_said_and_the_app_goes_on():
     ("width", "shown"),
     [
         (80, "qwen2-local   7b · Q4_K_M · llama.cpp   ● ready   ctrl+p commands"),
-        (60, "qwen2-local   7b · Q4_K_M · llama.cpp                ● ready"),
-        (40, "qwen2-local   7b · Q4_K_M        ● ready"),
-        (30, "qwen2-local   7b       ● ready"),
+        (60, "qwen2-local   7b · Q4_K_M   ● ready   ctrl+p commands"),
+        (45, "qwen2-local   7b   ● ready   ctrl+p commands"),
+        (30, "7b   ● ready   ctrl+p commands"),
         (12, "7b   ● ready"),
     ],
 )

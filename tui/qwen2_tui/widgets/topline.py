@@ -42,8 +42,8 @@ def line(state: HostState, about: tuple[str, ...], palette: str, width: int, col
     right = f"{_SIGNS[state.phase]} {_words(state)}"
     commands = f"    {palette} commands"
     left = [f"qwen2-local   {' · '.join(about[: len(about) - less])}" for less in range(len(about))] or ["qwen2-local"]
-    for shown in (*left, about[0] if about else ""):
-        for tail in (commands, "") if shown == left[0] or len(about) < 2 else ("",):
+    for tail in (commands, ""):
+        for shown in (*left, about[0] if about else ""):
             if cell_len(shown) + cell_len(right) + cell_len(tail) + 2 <= width:
                 return _text(shown, right, tail, width, colours[TopLine._COLOURS[state.phase]])
     return _text("", set_cell_size(right, max(width, 0)).rstrip(), "", width, colours[TopLine._COLOURS[state.phase]])

@@ -163,7 +163,7 @@ def recommendation(key: str) -> str:
     words = f"For real work: {best.model.title}, {best.level.upper()}\n{needs} · {best.model.size.licence.name}\n"
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return f"{words}The network is switched off (HF_HUB_OFFLINE), so nothing is fetched. {key} shows what is here."
-    return f"{words}{key} shows all sizes, and fetches the one that you choose while we go on chatting."
+    return f"{words}{key} shows all sizes, and fetches while we go on chatting."
 
 
 def _is_guide(state: HostState) -> bool:
