@@ -108,7 +108,7 @@ def known(ref: store.ModelRef) -> dict[str, object]:
         gguf = open_gguf(ref.path)
         facts |= {"format": "GGUF", "quantization": gguf.quantization, "architecture": gguf.architecture, "parameters": gguf.parameters}
         facts |= {"layers": gguf.layers, "hidden": gguf.hidden, "heads": f"{gguf.heads}/{gguf.kv_heads}", "vocabulary": gguf.vocabulary}
-        size, values, context = gguf.weight_bytes, gguf.kv_values_per_token, gguf.context
+        size, context = gguf.weight_bytes, gguf.context
         licence = gguf.header.text("general.license")
     else:
         checkpoint = open_checkpoint(ref.path)
@@ -118,16 +118,24 @@ def known(ref: store.ModelRef) -> dict[str, object]:
         form = "MLX" if ref.format == "mlx" else "Hugging Face checkpoint"
         facts |= {"format": form, "quantization": quantization, "architecture": config.model_type, "parameters": parameters(config)}
         facts |= {"layers": config.layers, "hidden": config.hidden, "heads": f"{config.heads}/{config.kv_heads}", "vocabulary": config.vocabulary}
-        size, values, context = checkpoint.weight_bytes, config.kv_values_per_token, config.context
+        size, context = checkpoint.weight_bytes, config.context
         licence = None
     if ref.manifest is not None:
         licence = ref.manifest.licence or licence
         facts |= {"source": ref.manifest.source, "revision": ref.manifest.revision}
-    weights, kv_bits = size, 16
-    if ref.format == "mlx" and fit.MLX_WIDENS:
-        weights, kv_bits = checkpoint.float32_bytes, 32
-    needed = fit.memory_needed(weights, values, min(context, 8192), kv_bits)
+    needed = memory_at(ref, min(context, 8192))
     facts |= {"size": output.gigabytes(size), "context": context, "memory": f"{fit.show_gb(needed)} at a context of {min(context, 8192):,}"}
     if licence:
         facts["licence"] = licence
     return facts
+
+
+def memory_at(ref: store.ModelRef, context: int, kv_bits: int = 16) -> int:
+    """Bytes of memory that running it takes at a context of so many tokens. Raises BadFile, UnsupportedModel."""
+    if ref.format == "gguf":
+        gguf = open_gguf(ref.path)
+        return fit.memory_needed(gguf.weight_bytes, gguf.kv_values_per_token, context, kv_bits)
+    checkpoint = open_checkpoint(ref.path)
+    widened = ref.format == "mlx" and fit.MLX_WIDENS
+    weights = checkpoint.float32_bytes if widened else checkpoint.weight_bytes
+    return fit.memory_needed(weights, checkpoint.config.kv_values_per_token, context, 32 if widened else kv_bits)

@@ -106,9 +106,9 @@ class ModelsScreen(Screen[None]):
             self.qwen.jobs.look()
             found = inventory.take()
         except (Qwen2LocalError, OSError) as error:
-            self.app.call_from_thread(self.qwen.problem, error)
+            self.app.call_later(self.qwen.problem, error)
             return
-        self.app.call_from_thread(self._found, found)
+        self.app.call_later(self._found, found)
 
     def _found(self, found: Inventory) -> None:
         self._inventory = found
@@ -322,9 +322,9 @@ class ModelsScreen(Screen[None]):
         try:
             facts = inventory.details(row.name)
         except (Qwen2LocalError, OSError) as error:
-            self.app.call_from_thread(self.qwen.problem, error)
+            self.app.call_later(self.qwen.problem, error)
             return
-        self.app.call_from_thread(self.app.push_screen, DetailsScreen(row.name, facts))
+        self.app.call_later(self.app.push_screen, DetailsScreen(row.name, facts))
 
     @work(thread=True, exclusive=True, group="details")
     def action_remove(self) -> None:
@@ -333,20 +333,20 @@ class ModelsScreen(Screen[None]):
         if not isinstance(row, Installed) or row.built_in:
             return
         if row.name == self._used:
-            self.app.call_from_thread(self.qwen.tell, f"{row.name} is in use here. Switch to another model first.", problem=True)
+            self.app.call_later(self.qwen.tell, f"{row.name} is in use here. Switch to another model first.", problem=True)
             return
         texts = inventory.kept_texts(row.name)
         beside = f", and {gigabytes(texts)} that it keeps of texts it has read" if texts else ""
         words = f"It frees {gigabytes(row.size) if row.size is not None else 'its files'}{beside}. Chats stay as they are."
-        self.app.call_from_thread(self._ask, f"Remove {row.name}?", words, lambda: self._remove(row.name))
+        self.app.call_later(self._ask, f"Remove {row.name}?", words, lambda: self._remove(row.name))
 
     @work(thread=True, group="remove")
     def _remove(self, name: str) -> None:
         try:
             inventory.remove(name)
         except (Qwen2LocalError, OSError) as error:
-            self.app.call_from_thread(self.qwen.problem, error)
-        self.app.call_from_thread(self._look)
+            self.app.call_later(self.qwen.problem, error)
+        self.app.call_later(self._look)
 
     def _ask(self, title: str, words: str, act: Callable[[], object]) -> None:
         def answered(yes: bool | None) -> None:
