@@ -396,3 +396,14 @@ def test_the_first_screen_needs_neither_numpy_nor_the_other_screens():
     assert {one for one in loaded if one.startswith("qwen2_tui.screens.")} & {
         f"qwen2_tui.screens.{name}" for name in ("models", "settings", "compare", "help", "prompt", "tokens")
     } == set()
+
+
+async def test_the_footer_says_how_to_stop_while_there_is_something_to_stop():
+    app = make_app(Say("a long reply", hold=2))
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_until(pilot, lambda: app.host.state.phase == "ready")
+        assert "esc stop" not in screen_text(app)
+        app.chat_screen.ask("hello")
+        await wait_for_text(pilot, "esc stop")
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: not app.chat_screen.busy and "esc stop" not in screen_text(app))

@@ -89,6 +89,7 @@ TABLE: tuple[Key, ...] = (
     Key("turn.copy", "y", "copy", "conversation", "copy it, or the code block that is focused"),
     Key("turn.code_next", "n", "next code", "conversation", "next code block"),
     Key("turn.code_previous", "b", "previous code", "conversation", "previous code block"),
+    Key("turn.stop", "escape", "stop", "conversation", "stop the reply that is being written, and keep what came"),
     Key("turn.tokens", "t", "tokens", "conversation", "its tokens with their probabilities"),
     Key("turn.prompt", "p", "prompt", "conversation", "the raw prompt, as the model sees it"),
     Key("turn.previous", "left", "branch left", "conversation", "the alternative before"),

@@ -58,6 +58,7 @@ class ChatScreen(Screen[None]):
     """
     AUTO_FOCUS = "#composer"
     BINDINGS: ClassVar[list[BindingType]] = [
+        bind("turn.stop", "stop_reply", show=True),
         *(bind(f"offer.{number}", f"offer({number})", priority=True) for number in range(1, 5)),
         # From the message, which is last on the screen, to the conversation, and on to the chats.
         Binding("tab", "app.focus_previous", show=False),
@@ -158,6 +159,14 @@ class ChatScreen(Screen[None]):
             return self.acting.stop()
         live.stop()
         return True
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """The footer says how to stop a reply while there is one."""
+        return action != "stop_reply" or (self.is_mounted and self.busy)
+
+    def action_stop_reply(self) -> None:
+        """Escape, while a reply is under way."""
+        self.back()
 
     def back(self) -> None:
         """Escape: the reply stops; else what was begun is given up; else back to the message."""
