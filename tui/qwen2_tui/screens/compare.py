@@ -63,7 +63,7 @@ class CompareScreen(Screen[None]):
         self._prompt, self._seed = "", contest.new_seed()
         self._pace = Pace()
         self._timer: Timer | None = None
-        self._running = False
+        self._comparing = False
         self._stop = threading.Event()
         self._memory = [0, 0]
 
@@ -137,7 +137,7 @@ class CompareScreen(Screen[None]):
         self._choose(event.place, lambda: None)
 
     def _choose(self, place: int, then: Callable[[], None]) -> None:
-        if self._running:
+        if self._comparing:
             self.qwen.tell("A comparison is under way: esc stops it.")
             return
         side = self.sides[place]
@@ -186,12 +186,12 @@ class CompareScreen(Screen[None]):
 
     def _begin(self) -> None:
         contenders = tuple(side.contender for side in self.sides)
-        if self._running or not self._prompt.strip() or None in contenders:
+        if self._comparing or not self._prompt.strip() or None in contenders:
             return
         if self.qwen.chat_screen.busy:
             self.qwen.tell("A reply is being written in the chat, and would take half of the speed. Wait for its end, or stop it.", problem=True)
             return
-        self._running = True
+        self._comparing = True
         self._stop.clear()
         for side in self.sides:
             side.clear()
@@ -278,7 +278,7 @@ class CompareScreen(Screen[None]):
             side.end(self._result(side))
 
     def _over(self) -> None:
-        self._running = False
+        self._comparing = False
         if not self.is_attached:
             return
         if self._timer is not None:
@@ -287,7 +287,7 @@ class CompareScreen(Screen[None]):
 
     def action_back(self) -> None:
         """Stop; then close."""
-        if self._running:
+        if self._comparing:
             self._stop.set()
         else:
             self.dismiss()
