@@ -16,6 +16,7 @@ from textual.actions import SkipAction
 from textual.app import SuspendNotSupported
 from textual.binding import BindingType
 from textual.content import Content
+from textual.geometry import Offset
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -106,6 +107,12 @@ class Composer(TextArea):
         if self.styles.height is None or self.styles.height.value != height:
             self.styles.height = height
             self.call_after_refresh(self.scroll_cursor_visible)
+
+    def scroll_cursor_visible(self, center: bool = False, animate: bool = False) -> Offset:
+        """Scrolls to the cursor. Textual asks for it in the middle of an undo as well, when the cursor is behind the new end still, and crashes."""
+        if self.cursor_location[0] >= self.document.line_count:
+            return Offset()
+        return super().scroll_cursor_visible(center, animate)
 
     # Keys
 
