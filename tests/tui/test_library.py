@@ -18,9 +18,10 @@ from qwen2_local.errors import UnknownChat, UsageError, WorkerDied
 from qwen2_local.sanitize import clean_line
 from qwen2_tui import arrange
 from qwen2_tui.library import Library, destination_problem
+from qwen2_tui.settings import ChatSettings, Settings
 from qwen2_tui.titles import Proposal, asked_for, can_propose, cleaned
 from qwen2_tui.widgets.dialogs import Ask, Confirm, Line
-from tests.tui.pilot import make_app, running, wait_for_text, wait_until
+from tests.tui.pilot import ask, make_app, running, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedModel
 
 
@@ -290,6 +291,41 @@ async def test_exporting_asks_where_and_before_it_replaces_a_file(store: ChatSto
         await pilot.press("y")
         await wait_until(pilot, lambda: told(app))
         assert json.loads((tmp_path / "taken.json").read_text())["title"] == "Rivers"
+
+
+async def test_the_palette_has_what_is_done_with_the_open_chat(store: ChatStore) -> None:
+    (one,) = store.insert_all([chat()])
+    app = make_app(store=store, opening={"chat": one})
+    app.settings_file.write(Settings(presets={"cold": ChatSettings(temperature=0.0)}))
+    app = make_app(store=store, opening={"chat": one})
+    async with running(app) as pilot:
+        await wait_until(pilot, lambda: app.chat_screen.number == one)
+        commands = {command.title: command.callback for command in arrange.commands(app)}
+        commands["Preset: cold"]()
+        await wait_until(pilot, lambda: store.options(one) == {"temperature": 0.0})
+        commands["Pin this chat, or no longer"]()
+        await wait_until(pilot, lambda: store.summary(one).pinned)
+        commands["Delete this chat"]()
+        await wait_until(pilot, lambda: store.trashed() == [one] and app.chat_screen.number is None)
+        assert [command.title for command in arrange.commands(app)] == ["Preset: cold"]
+
+
+async def test_a_temporary_chat_can_be_exported_and_leaves_nothing_else(store: ChatStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = make_app("The Mekong.", store=store, opening={"temporary": True})
+    async with running(app) as pilot:
+        await wait_until(pilot, lambda: app.chat_screen.temporary)
+        await ask(pilot, "A secret river?")
+        await wait_until(pilot, lambda: app.scripted.options and not app.chat_screen.busy)
+        assert app.scripted.options[0]["persist"] is False
+        await wait_for_text(pilot, "temporary chat: not saved")
+        (command,) = arrange.commands(app)
+        command.callback()
+        await opened(app, pilot, Ask)
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: (tmp_path / "A-secret-river.md").exists())
+        assert titles(store) == []
+    assert b"secret" not in b"".join(path.read_bytes() for path in paths.home().glob("chats.db*"))
 
 
 async def test_what_goes_wrong_is_said(store: ChatStore) -> None:

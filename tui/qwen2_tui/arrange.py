@@ -6,15 +6,20 @@ After each, every screen is told (`ChatsChanged`), and lists of chats look again
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from textual.app import SystemCommand
 
 from qwen2_local.chats import ChatStore
 from qwen2_local.errors import Qwen2LocalError
+from qwen2_local.sanitize import clean_line
 from qwen2_tui.events import ChatsChanged
 from qwen2_tui.library import Library, destination, destination_problem
+from qwen2_tui.settings import applied
 from qwen2_tui.titles import Proposal
 from qwen2_tui.widgets.dialogs import Ask, Confirm
 from qwen2_tui.widgets.sidebar import Sidebar
@@ -95,6 +100,29 @@ async def export(app: QwenApp, chat: int, store: ChatStore | None = None) -> Non
             return
         await asyncio.to_thread(lambda: library.export(chat, path, overwrite=overwrite))
         app.tell(f"Wrote {path}.")
+
+
+def commands(app: QwenApp) -> Iterator[SystemCommand]:
+    """For the palette: what can be done with the chat that is open."""
+    screen = app.chat_screen
+    number, chat = screen.number, screen.chat
+    if number is not None:
+        for title, help, doing in (
+            ("Rename this chat", "the model proposes a title", rename),
+            ("Pin this chat, or no longer", "pinned ones stand first", pin),
+            ("Delete this chat", f"{app.key_of('app.undo')} brings it back", delete),
+            ("Export this chat", "as Markdown or JSON", export),
+        ):
+            yield SystemCommand(title, help, partial(_run, app, doing, number))
+    elif screen.temporary and chat is not None and chat.number is not None:
+        store = screen.session.conversation.store
+        yield SystemCommand("Export this chat", "as Markdown or JSON", partial(_run, app, partial(export, store=store), chat.number))
+    for name, preset in app.settings.presets.items():
+        yield SystemCommand(f"Preset: {clean_line(name)}", "for this chat", partial(screen.change_chat, applied(preset, app.settings.chat)))
+
+
+def _run(app: QwenApp, doing: Callable[[QwenApp, int], Coroutine[Any, Any, None]], chat: int) -> None:
+    app.run_worker(doing(app, chat))
 
 
 def changed(app: QwenApp, *, gone: Iterable[int] = (), back: Iterable[int] = ()) -> None:

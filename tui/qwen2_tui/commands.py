@@ -21,6 +21,9 @@ def commands(app: QwenApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
     for shown in dict.fromkeys((screen, app.chat_screen)):
         if hasattr(shown, "commands"):
             yield from shown.commands()
+    from qwen2_tui import arrange
+
+    yield from arrange.commands(app)
     for id, title, act in (
         ("app.new", "New chat", app.action_new),
         ("app.temporary", "New temporary chat", app.action_temporary),

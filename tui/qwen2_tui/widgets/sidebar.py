@@ -49,7 +49,7 @@ class Sidebar(Vertical):
         &.-shown, &.-drawer { display: block; }
         &.-drawer { overlay: screen; position: absolute; width: 40; max-width: 90%; background: $surface; border-right: outer $primary; }
         #search { margin: 0 1; background: $boost; }
-        #temporary { display: none; padding: 0 1; color: $text-warning; text-style: italic; }
+        #temporary { display: none; color: $text-warning; text-style: italic; }
         #temporary.-shown { display: block; }
         #new { height: 1; }
         #new Button { min-width: 0; background: transparent; color: $text-muted; }
@@ -90,6 +90,7 @@ class Sidebar(Vertical):
         super().__init__(id=id)
         self._store = store
         self._narrow = False
+        self._asked = 0
         self.set_reactive(Sidebar.shown, shown)
 
     def compose(self) -> ComposeResult:
@@ -125,7 +126,8 @@ class Sidebar(Vertical):
 
     def refresh_chats(self) -> None:
         """Looks again at what there is, in the background."""
-        self.run_worker(partial(self._look, self.query_text), thread=True, group="chats", exclusive=True)
+        self._asked += 1
+        self.run_worker(partial(self._look, self._asked, self.query_text), thread=True, group="chats", exclusive=True)
 
     def mark(self, chat: int | None, *, running: Collection[int | None] = (), temporary: bool = False) -> None:
         """Which chat is open, and in which a reply is under way: None stands for one that is not saved. temporary: the open one is none of these."""
@@ -180,7 +182,7 @@ class Sidebar(Vertical):
         self.set_class(self.drawer, "-drawer")
         self.set_class(self.shown and not self._narrow, "-shown")
 
-    def _look(self, query: str) -> None:
+    def _look(self, asked: int, query: str) -> None:
         """In a thread: what there is, or what was found."""
         try:
             words = words_of(query)
@@ -192,10 +194,10 @@ class Sidebar(Vertical):
         except Qwen2LocalError as error:
             self.app.call_from_thread(self._failed, error)
         else:
-            self.app.call_from_thread(self._show, query, words, rows)
+            self.app.call_from_thread(self._show, asked, words, rows)
 
-    def _show(self, query: str, words: list[str], rows: list[Row]) -> None:
-        if query == self.query_text:
+    def _show(self, asked: int, words: list[str], rows: list[Row]) -> None:
+        if asked == self._asked:  # else another answer is on its way
             self._list.show(rows, now=time.time(), words=words, empty="Nothing was found." if words else "No chats yet.")
 
     def _failed(self, error: Qwen2LocalError) -> None:
