@@ -237,6 +237,10 @@ class Blocks:
             self._close()
             if not whole:
                 self._drop(depth)
+            elif self._fresh and self._frames[-1].mark:  # an item that begins with two blank lines stays empty
+                self._open(Block("text"))
+                self._close()
+                self._frames = (*self._frames[:-1], replace(self._frames[-1], indent=LINE + 1))
             self._blank = True
             return
         opened = True
@@ -269,13 +273,10 @@ class Blocks:
         rest = line
         for depth, frame in enumerate(self._frames):
             if frame.mark:
-                if _BLANK.match(rest):
-                    if depth >= len(self._frames) - self._fresh:  # an item that begins with two blank lines is none
+                if not _BLANK.match(rest):
+                    if _indent(rest) < frame.indent:
                         return rest, depth
-                elif _indent(rest) >= frame.indent:
                     rest = dedent(rest, frame.indent)
-                else:
-                    return rest, depth
             else:
                 match = _QUOTE.match(rest)
                 if match is None:
