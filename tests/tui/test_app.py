@@ -189,10 +189,35 @@ async def test_a_theme_from_the_palette_is_kept(own_home: Path):
         app.theme = "qwen2-light"
         await wait_until(pilot, lambda: app.settings.theme == "light")
         app.theme = "nord"
-        await wait_until(pilot, lambda: app.settings.theme == "nord")
+        await wait_until(pilot, lambda: 'theme = "nord"' in app.settings_file.path.read_text())
     again = make_app()
     async with again.run_test(size=(80, 24)):
         assert again.theme == "nord"
+
+
+async def test_settings_that_cannot_be_kept_are_taken_and_said():
+    app = make_app()
+    async with app.run_test(notifications=True, size=(80, 24)) as pilot:
+
+        def write(settings: Settings) -> None:
+            raise UsageError("The disk is full.")
+
+        app.settings_file.write = write
+        app.change_settings(Settings(theme="light"))
+        await wait_for_text(pilot, "The disk is full.")
+        assert app.theme == "qwen2-light"
+
+
+async def test_what_was_changed_last_is_kept_at_the_end(own_home: Path):
+    app = make_app()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await wait_until(pilot, lambda: app.host.state.phase == "ready")
+        app._keeping.acquire()  # as if a slow disk was still at the one before
+        app.change_settings(Settings(sidebar=False))
+        app._keeping.release()
+        await pilot.press("ctrl+q")
+        await wait_until(pilot, lambda: app._exit)
+    assert "sidebar = false" in (own_home / "settings.toml").read_text()
 
 
 async def test_an_unknown_theme_is_ours(tmp_path: Path):

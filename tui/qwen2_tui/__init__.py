@@ -4,7 +4,8 @@
   host       Host: the loaded model; model: what the app needs of one
   events     what changed in the app, told to all open screens
   keys       the table of keys: bindings, footer, help and keymap come from it
-  theme      light and dark
+  theme      light and dark; commands: the palette
+  opening    what the app begins with; ending: what becomes of it where nobody chose to leave; logfile: where it writes what went wrong
   live       a reply on its way, read by a thread; pace: how often it is shown
   library    what is done with saved chats; jobs: fetches and verifications, as child processes
   settings   what a person chose, in a TOML file
@@ -35,6 +36,7 @@ def run(
     model: to open with, by name or path; None for the usual one. chat: a saved one to go on with; continue_last: the last one; temporary: a
     chat that leaves nothing on the disk. loads: how to load the model, as fields of `model.LoadWish`.
     """
-    from qwen2_tui.app import Opening, QwenApp
+    from qwen2_tui.app import QwenApp
+    from qwen2_tui.opening import Opening
 
     return QwenApp(opening=Opening(model, chat, continue_last, temporary, dict(loads or {}))).hold()

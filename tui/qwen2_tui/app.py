@@ -90,6 +90,8 @@ class QwenApp(App[None]):
         self.store = store or ChatStore.open_or_temporary()
         read, self._notes = self.settings_file.read()
         self.set_reactive(QwenApp.settings, read)
+        self._kept = read
+        self._keeping = threading.Lock()
         self.host = Host(loader, self._host_changed, self.call_later)
         self.chat_screen = ChatScreen()
         self._jobs = jobs
@@ -186,12 +188,20 @@ class QwenApp(App[None]):
         self.host.load(wish)
 
     def change_settings(self, settings: Settings) -> None:
-        """Take them, and keep them."""
-        try:
-            self.settings_file.write(settings)
-        except (Qwen2LocalError, OSError) as error:
-            self.problem(error)
+        """Take them at once, and keep them, in a thread."""
         self.settings = settings
+        self.run_worker(self._keep_settings, thread=True, group="settings")
+
+    def _keep_settings(self) -> None:
+        with self._keeping:
+            wanted = self.settings
+            if wanted == self._kept:
+                return
+            try:
+                self.settings_file.write(wanted)
+                self._kept = wanted
+            except (Qwen2LocalError, OSError) as error:
+                self.call_later(self.problem, error)
 
     def open_models(self) -> None:
         """The models: sizes, installed ones, fetches."""
@@ -374,7 +384,7 @@ class QwenApp(App[None]):
         if self._library is not None:
             parts.append(self._library.close)
         with self._context():  # widgets find their app also in this thread, and after a crash
-            for part in (*parts, self.host.close, self.store.close):
+            for part in (*parts, self._keep_settings, self.host.close, self.store.close):
                 try:
                     part()
                 except Exception:
