@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
-
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 from qwen2_tui.markdown.ink import ADDRESS, BOLD, CODE, ITALIC, LINK, STRIKE, Ink, Kind, Run, ink
+
+if TYPE_CHECKING:
+    from markdown_it import MarkdownIt
+    from markdown_it.token import Token
 
 # markdown-it looks for the end of every bracket, in time that grows with their square: past so many the text is shown as it is.
 BRACKETS = 150
@@ -17,7 +19,11 @@ _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 _FLAGS = {"strong": BOLD, "em": ITALIC, "link": LINK, "s": STRIKE}
 
 
-def _parser() -> MarkdownIt:
+@cache
+def parser() -> MarkdownIt:
+    """markdown-it for what stands in a line. Made when it is first wanted: an empty chat needs none, and should be there at once."""
+    from markdown_it import MarkdownIt
+
     made = MarkdownIt("commonmark").enable("strikethrough")
     # Addresses are shown, never opened: as they were written, whatever their scheme.
     made.normalizeLink = lambda url: url  # type: ignore[method-assign]
@@ -25,15 +31,12 @@ def _parser() -> MarkdownIt:
     return made
 
 
-_MARKDOWN = _parser()
-
-
 @lru_cache(2048)
 def runs(text: str, kind: Kind = Kind.TEXT, flags: int = 0) -> tuple[Run, ...]:
     """`text` as runs of `kind`; every newline in it stays one (a model that begins a line means it). flags: what all of it has."""
     if _PLAIN.fullmatch(text) or text.count("[") > BRACKETS:
         return ((text, ink(kind, flags)),)
-    tokens = _MARKDOWN.parseInline(text)
+    tokens = parser().parseInline(text)
     made: list[Run] = []
     for token in tokens:
         _walk(token.children or (), kind, flags, made)

@@ -10,7 +10,6 @@ from itertools import takewhile
 from rich.cells import cell_len
 
 from qwen2_tui.markdown.blocks import Block, Frame
-from qwen2_tui.markdown.code import highlight, language
 from qwen2_tui.markdown.ink import BOLD, Kind, Run, ink
 from qwen2_tui.markdown.inline import closed, runs
 from qwen2_tui.markdown.table import layout
@@ -113,6 +112,8 @@ def _rule(block: Block, width: int) -> Leaf:
 
 def _code(block: Block, width: int) -> Leaf:
     width = min(width, WIDE)
+    from qwen2_tui.markdown.code import highlight, language  # with its library, when there is code
+
     name = language(block.info)
     if name and not block.joined:
         yield _code_row(((name, ink(Kind.LABEL)),), width), width, ""
