@@ -417,7 +417,7 @@ def test_the_first_screen_needs_neither_numpy_nor_the_other_screens():
 
     code = "import sys, qwen2_tui.app; print(*sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert loaded & {"numpy", "tokenizers", "httpx2", "huggingface_hub", "tomlkit", "llguidance"} == set()
+    assert loaded & {"numpy", "tokenizers", "markdown_it", "pygments", "httpx2", "huggingface_hub", "tomlkit", "llguidance"} == set()
     assert {one for one in loaded if one.startswith("qwen2_tui.screens.")} & {
         f"qwen2_tui.screens.{name}" for name in ("models", "settings", "compare", "help", "prompt", "tokens")
     } == set()

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -156,8 +157,12 @@ class QwenApp(App[None]):
         self.set_timer(_SWEEP_S, lambda: self.run_worker(lambda: self.library.sweep(), thread=True, exit_on_error=False))
 
     def _load_first(self) -> None:
+        """In a thread."""
         wish = self.wish(first_model(self.opening, self.settings.model, self.store))
         self.call_later(self.host.load, wish)
+        # What the first reply wants is there before it comes.
+        import_module("qwen2_tui.markdown.code")
+        import_module("qwen2_tui.markdown.inline").parser()
 
     def wish(self, name: str) -> LoadWish:
         """How to load the model `name`, as command line and settings say."""

@@ -17,7 +17,6 @@ from textual.message import Message
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from qwen2_local import advice, fit
 from qwen2_local.sanitize import clean_line
 from qwen2_tui.host import HostState
 from qwen2_tui.model import DEFAULT
@@ -152,6 +151,7 @@ def said(state: HostState) -> tuple[str, str]:
 
 def recommendation(key: str) -> str:
     """What to fetch, if nothing was fetched yet; "" otherwise. key: opens the models. Looks at the disk, so it is for a thread."""
+    from qwen2_local import advice, fit
     from qwen2_local.store import Store
 
     if any(one.manifest is not None for one in Store().list()):
