@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import OptionList, Tabs, TextArea
+from textual.widgets import Tabs, TextArea
 
 from qwen2_local import paths
 from qwen2_local.chats import ChatStore
@@ -48,15 +48,6 @@ async def dialog(pilot: Pilot[Any], kind: type) -> Any:
     return pilot.app.screen
 
 
-async def test_every_setting_is_there_with_a_line_that_explains_it() -> None:
-    app = make_app()
-    async with running(app, size=(100, 60)) as pilot:
-        for section, known in (("new", CHAT), ("model", MODEL), ("look", LOOK)):
-            await opened(pilot, section)
-            await wait_until(pilot, lambda known=known: all(one.words in screen_text(app) for one in known))
-            assert all(one.title in screen_text(app) for one in known)
-
-
 async def test_what_is_typed_is_checked_at_once_and_not_saved_while_it_is_wrong() -> None:
     app = make_app()
     async with running(app, size=(80, 30)) as pilot:
@@ -72,6 +63,13 @@ async def test_what_is_typed_is_checked_at_once_and_not_saved_while_it_is_wrong(
         await wait_until(pilot, lambda: kept().chat == ChatSettings(temperature=1.0))
         assert app.settings.chat.temperature == 1.0
         assert "All of it lies in" in screen_text(app)
+        # What changes elsewhere is shown, but not over what was typed.
+        row(screen, "seed").put(7)
+        app.change_settings(Settings(chat=ChatSettings(seed=1, top_k=4)))
+        await wait_until(pilot, lambda: row(screen, "top_k").query_one(Line).value == "4")
+        assert row(screen, "seed").query_one(Line).value == "7"
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: kept().chat == ChatSettings(seed=7, top_k=4))
 
 
 async def test_the_next_question_is_asked_as_the_settings_say_now() -> None:
@@ -94,16 +92,22 @@ async def test_the_next_question_is_asked_as_the_settings_say_now() -> None:
 
 async def test_a_chat_has_its_own_settings_and_keeps_them() -> None:
     store = ChatStore.open(paths.home() / "chats.db")
+    SettingsFile(paths.home() / "settings.toml").write(Settings(chat=ChatSettings(seed=3)))
     app = make_app("one", "two", store=store)
     async with running(app) as pilot:
         await ask(pilot, "Hello?")
         await wait_until(pilot, lambda: app.chat_screen.number is not None and not app.chat_screen.busy)
         screen = await opened(pilot, "chat")
-        row(screen, "seed").put(5)
+        seed = row(screen, "seed")
+        seed.put(9)
+        seed.focus()
+        await pilot.press("ctrl+r")  # back to what every new chat has
+        assert seed.value == 3 and not seed.edited
+        seed.put(5)
         assert row(screen, "system").disabled
         await pilot.press("ctrl+s", "escape")
         await wait_until(pilot, lambda: store.options(1) == {"seed": 5})
-        assert app.settings.chat == ChatSettings()
+        assert app.settings.chat == ChatSettings(seed=3)
         app.chat_screen.focus_composer()
         await ask(pilot, "And?")
         await wait_until(pilot, lambda: len(app.scripted.options) == 2)
@@ -116,6 +120,15 @@ async def test_other_settings_of_the_model_load_it_anew_and_say_so_before() -> N
     async with running(app, size=(80, 30)) as pilot:
         screen = await opened(pilot, "model")
         row(screen, "context").put(4096)
+        backend = row(screen, "backend")
+        backend.focus()
+        values = []
+        for key in ("right", "space", "enter", "left"):
+            await pilot.press(key)
+            values.append(backend.value)
+        assert values == ["mlx", "llama.cpp", None, "llama.cpp"]
+        await pilot.click(backend.query_one(Pick), offset=(6, 0))
+        await wait_until(pilot, lambda: backend.value is None)
         row(screen, "kv_bits").focus()
         await pilot.press("right")
         await wait_for_text(pilot, "2 changes: ctrl+s saves. The model is then loaded anew.")
@@ -127,16 +140,6 @@ async def test_other_settings_of_the_model_load_it_anew_and_say_so_before() -> N
         await pilot.press("ctrl+s")
         await wait_until(pilot, lambda: len(loader.wishes) == 3)
         assert loader.wishes[2].name == "7b"
-
-
-async def test_the_theme_is_another_once_it_is_saved() -> None:
-    app = make_app()
-    async with running(app) as pilot:
-        screen = await opened(pilot, "look")
-        row(screen, "theme").focus()
-        await pilot.press("right", "ctrl+s")
-        await wait_until(pilot, lambda: app.theme == "qwen2-light")
-        assert kept().theme == "light"
 
 
 async def test_leaving_asks_what_becomes_of_changes() -> None:
@@ -160,20 +163,17 @@ async def test_leaving_asks_what_becomes_of_changes() -> None:
         await wait_until(pilot, lambda: app.screen is app.chat_screen and kept().chat.seed == 2)
 
 
-async def test_a_value_is_reset_to_what_holds_without_it() -> None:
+async def test_every_setting_is_there_with_a_line_that_explains_it_and_the_look_changes_once_it_is_saved() -> None:
     app = make_app()
-    app.settings_file.write(Settings(chat=ChatSettings(seed=3)))
-    app = make_app()
-    async with running(app) as pilot:
-        screen = await opened(pilot, "chat")
-        row(screen, "seed").put(9)
-        row(screen, "seed").focus()
-        await pilot.press("ctrl+r")
-        assert row(screen, "seed").value == 3 and not row(screen, "seed").edited
-        screen = await opened(pilot, "new")
-        row(screen, "seed").focus()
-        await pilot.press("ctrl+r", "ctrl+s")
-        await wait_until(pilot, lambda: kept().chat.seed is None)
+    async with running(app, size=(100, 60)) as pilot:
+        for section, known in (("new", CHAT), ("model", MODEL), ("look", LOOK)):
+            screen = await opened(pilot, section)
+            await wait_until(pilot, lambda known=known: all(one.words in screen_text(app) for one in known))
+            assert all(one.title in screen_text(app) for one in known)
+        row(screen, "theme").focus()
+        await pilot.press("right", "ctrl+s")
+        await wait_until(pilot, lambda: app.theme == "qwen2-light")
+        assert kept().theme == "light"
 
 
 async def test_by_keys_alone_at_60_by_20() -> None:
@@ -191,18 +191,6 @@ async def test_by_keys_alone_at_60_by_20() -> None:
         assert all(len(line) <= 60 for line in screen_text(app).splitlines())
         await pilot.press("ctrl+r", "escape")
         await wait_until(pilot, lambda: app.screen is app.chat_screen)
-
-
-async def test_what_changes_elsewhere_is_shown_but_not_over_what_was_typed() -> None:
-    app = make_app()
-    async with running(app) as pilot:
-        screen = await opened(pilot, "new")
-        row(screen, "seed").put(7)
-        app.change_settings(Settings(chat=ChatSettings(seed=1, top_k=4)))
-        await wait_until(pilot, lambda: row(screen, "top_k").query_one(Line).value == "4")
-        assert row(screen, "seed").query_one(Line).value == "7"
-        await pilot.press("ctrl+s")
-        await wait_until(pilot, lambda: kept().chat == ChatSettings(seed=7, top_k=4))
 
 
 # Presets
@@ -307,23 +295,3 @@ def test_every_usual_key_can_be_typed_as_it_is_shown() -> None:
     from qwen2_tui.keys import TABLE
 
     assert {key.id: read_keys(key.shown) for key in TABLE} == {key.id: (key.keys, "") for key in TABLE}
-
-
-# Rows
-
-
-async def test_a_row_of_a_few_values_is_walked_through_by_key_and_mouse() -> None:
-    app = make_app()
-    async with running(app) as pilot:
-        screen = await opened(pilot, "model")
-        backend = row(screen, "backend")
-        pick = backend.query_one(Pick)
-        pick.focus()
-        values = []
-        for key in ("right", "space", "enter", "left"):
-            await pilot.press(key)
-            values.append(backend.value)
-        assert values == ["mlx", "llama.cpp", None, "llama.cpp"]
-        await pilot.click(pick, offset=(6, 0))
-        await wait_until(pilot, lambda: backend.value is None)
-        assert not [one for one in screen.query(OptionList) if one.has_focus]
