@@ -16,6 +16,7 @@ from textual.pilot import Pilot
 from qwen2_local import paths
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
 from qwen2_local.fit import Memory
+from qwen2_tui.live import Progress
 from tests.tui.pilot import make_app, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedLoader, ScriptedModel
 
@@ -66,6 +67,7 @@ def still() -> Iterator[None]:
             ("qwen2_local.files.free_bytes", 412 * GB),
             ("qwen2_local.advice._bandwidth", 100e9),
             ("qwen2_tui.host.Host.memory", int(5.1 * GB)),
+            ("qwen2_tui.contest.new_seed", 7),
         ):
             stack.enter_context(mock.patch(what, return_value=value))
         yield
@@ -94,8 +96,8 @@ def fill() -> None:
 def app(*says: Any, **more: Any) -> Any:
     """The app as most have it: the 7B, and chats from before."""
     fill()
-    model = ScriptedModel(*says, name="7b:q4_k_m", longest=32768, backend="llama.cpp")
-    loader = ScriptedLoader(model, models={"0.5b": ScriptedModel(*says, name="0.5b:q8_0", longest=32768, backend="llama.cpp")})
+    model = ScriptedModel(*says, name="7b:q4_k_m", longest=32768, backend="llama.cpp", always=RIVERS[: RIVERS.index("```")])
+    loader = ScriptedLoader(model, models={"guide": ScriptedModel(always="Laos has **many** rivers. I know more of quantization.")})
     return make_app(model=model, loader=loader, settings_file=Path("settings.toml"), opening={"model": "7b:q4_k_m", **more})
 
 
@@ -135,6 +137,17 @@ async def palette(pilot: Pilot[Any]) -> None:
 async def models(pilot: Pilot[Any]) -> None:
     await pilot.press("ctrl+o")
     await wait_for_text(pilot, "7b-base")
+
+
+async def compare(pilot: Pilot[Any]) -> None:
+    pilot.app.open_compare()
+    await wait_for_text(pilot, "One prompt for both.")
+    await wait_until(pilot, lambda: all(side.contender for side in pilot.app.screen.sides))
+    pilot.app.focused.insert("Which rivers cross Laos?")
+    with mock.patch("qwen2_tui.live.LiveReply.progress", return_value=Progress("over", 24, 24, 0, 88, 38.2, 0.3)):
+        await pilot.press("enter")
+        await wait_for_text(pilot, "I know more")
+        await wait_until(pilot, lambda: not pilot.app.screen._comparing)
 
 
 async def settings(pilot: Pilot[Any]) -> None:
@@ -179,12 +192,24 @@ async def crashed(pilot: Pilot[Any]) -> None:
     await wait_for_text(pilot, "It was")
     pilot.app.scripted.die()
     await wait_for_text(pilot, "safe mode")
+    await wait_for_text(pilot, "398 / 32,768")
 
 
 SCENES: dict[str, Callable[[Pilot[Any]], Awaitable[None]]] = {
-    "chat": chat, "chinese": chinese, "search": search, "palette": palette, "models": models, "settings": settings, "help": help, "tokens": tokens,
-    "prompt": prompt, "rename": rename, "limit": limit, "crashed": crashed,
-}  # fmt: skip
+    "chat": chat,
+    "chinese": chinese,
+    "search": search,
+    "palette": palette,
+    "models": models,
+    "compare": compare,
+    "settings": settings,
+    "help": help,
+    "tokens": tokens,
+    "prompt": prompt,
+    "rename": rename,
+    "limit": limit,
+    "crashed": crashed,
+}
 
 
 def _text(pilot: Pilot[Any]) -> str:
