@@ -1,12 +1,14 @@
 """What speculation brings: prompt lookup where a reply copies, and what it costs where it does not; the same for a draft model.
 
     python benchmarks/speculation.py [--parts lookup draft] [--backends llama.cpp mlx] [--models q8_0] [--rounds 3] [--folder FOLDER] [--quick]
+        [--cpu-time]
 
 Each figure is a ratio of seconds of decoding, plain over speculating, of the same prompts in one process, in turns; above 1 is faster. The guide
 repeats texts of 80 bytes or more (lookup's best case) and answers the questions of its exam (training/exam; nothing to copy). Drafts: the guide
 in 4 bits for the guide in 16, which is as large a share of the work as a draft can be; and, at the shape of Qwen2-0.5B in random weights
 (`--folder` keeps them), a model of two layers of other random weights, which guesses nothing right: what is left of its cost once it is switched
-off. Replies are compared; where one differs, `margin` is by how much the two likeliest tokens differed there, in logarithms. The last line is one
+off. `--cpu-time` counts seconds of this process's processors instead: for a machine that others use, where each takes its turn anyway.
+Replies are compared; where one differs, `margin` is by how much the two likeliest tokens differed there, in logarithms. The last line is one
 JSON object.
 """
 
@@ -18,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +35,7 @@ from benchmarks.random_checkpoint import write
 from qwen2_local import Message, Qwen2, backends
 from qwen2_local.catalog import SIZES
 from qwen2_local.chatml import render
+from qwen2_local.stream import Stream
 from qwen2_local.types import Completion
 
 ROOT = Path(__file__).parents[1]
@@ -62,19 +66,27 @@ def prompts(model: Qwen2, asked: Sequence[str]) -> list[list[int]]:
     return [list(render(model.tokenizer, [Message("user", text)], default_system=model.default_system)) for text in asked]
 
 
-Way = Callable[[Sequence[int]], Completion]
+Way = Callable[[Sequence[int]], tuple[Completion, float]]
+"""Writes the reply to a prompt; the processors' seconds from its first token on."""
 
 
-def compete(plain: Way, drafting: Way, asked: Sequence[Sequence[int]], rounds: int) -> dict[str, Any]:
+def written(stream: Stream) -> tuple[Completion, float]:
+    next(stream, None)
+    began = time.process_time()
+    completion = stream.finish()
+    return completion, time.process_time() - began
+
+
+def compete(plain: Way, drafting: Way, asked: Sequence[Sequence[int]], options: argparse.Namespace) -> dict[str, Any]:
     """Every prompt in both ways, one after the other, each first in turn."""
     ratios, drafted, accepted, steps, differ = [], 0, 0, 0, []
-    for number in range(-1, rounds):  # the first one warms up
+    for number in range(-1, options.rounds):  # the first one warms up
         seconds = {plain: 0.0, drafting: 0.0}
         for index, prompt in enumerate(asked[:3] if number < 0 else asked):
             replies: dict[Way, Completion] = {}
             for way in (plain, drafting) if (index + number) % 2 else (drafting, plain):
-                replies[way] = way(prompt)
-                seconds[way] += replies[way].usage.decode_s
+                replies[way], computed = way(prompt)
+                seconds[way] += computed if options.cpu_time else replies[way].usage.decode_s
             if number == 0:
                 usage = replies[drafting].usage
                 drafted, accepted = drafted + usage.drafted_tokens, accepted + usage.accepted_tokens
@@ -102,7 +114,7 @@ def explain(row: dict[str, Any], model: Qwen2) -> dict[str, Any]:
 
 
 def writing(model: Qwen2, most: int, *, lookup: bool) -> Way:
-    return lambda prompt: model.write(prompt, max_tokens=most, temperature=0.0, repetition_penalty=1.0, lookup=lookup).finish()
+    return lambda prompt: written(model.write(prompt, max_tokens=most, temperature=0.0, repetition_penalty=1.0, lookup=lookup))
 
 
 def lookup(backend: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def lookup(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     with Qwen2("guide", backend=backend, kv_cache=False) as model:
         for name, asked, most in (("copying", copies(options.copies), 160), ("questions", questions(options.questions), 120)):
             plain, drafting = writing(model, most, lookup=False), writing(model, most, lookup=True)
-            rows[name] = explain(compete(plain, drafting, prompts(model, asked), options.rounds), model)
+            rows[name] = explain(compete(plain, drafting, prompts(model, asked), options), model)
             print("lookup", backend, name, json.dumps(rows[name]), flush=True)
     return rows
 
@@ -121,7 +133,7 @@ def guide_draft(options: argparse.Namespace) -> dict[str, Any]:
         Qwen2("guide", backend="llama.cpp", draft="guide:q4_0", kv_cache=False) as helped,
     ):
         plain, drafting = writing(model, 120, lookup=False), writing(helped, 120, lookup=False)
-        return explain(compete(plain, drafting, prompts(model, questions(options.questions)), options.rounds), model)
+        return explain(compete(plain, drafting, prompts(model, questions(options.questions)), options), model)
 
 
 def foreign_draft(path: Path, draft: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def foreign_draft(path: Path, draft: Path, options: argparse.Namespace) -> dict[
     with Qwen2(str(path), context=2048, kv_cache=False) as model, Qwen2(str(path), context=2048, draft=str(draft), kv_cache=False) as helped:
         plain, drafting = writing(model, options.tokens, lookup=False), writing(helped, options.tokens, lookup=False)
         asked = [random_tokens(16, model.tokenizer.size, seed) for seed in range(2)]
-        return explain(compete(plain, drafting, asked, options.rounds), model)
+        return explain(compete(plain, drafting, asked, options), model)
 
 
 def small_draft(folder: Path) -> Path:
@@ -151,6 +163,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the models of random weights are, or will be made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="of a reply of random weights")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.copies, options.questions = (4, 6) if options.quick else (20, 50)

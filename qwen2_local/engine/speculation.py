@@ -26,8 +26,8 @@ _log = logging.getLogger("qwen2_local.engine")
 class Drafter(Protocol):
     """Something that guesses how a text goes on."""
 
-    def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
-        """At most `most` tokens that may follow; none where it has no idea. `tokens` only grows from call to call, for the same text."""
+    def propose(self, tokens: Sequence[int], length: int, most: int) -> Sequence[int]:
+        """About `length` tokens that may follow, at most `most`; none where it has no idea. `tokens` only grows from call to call, for one text."""
         ...
 
 
@@ -37,18 +37,24 @@ class Lookup:
     _RUN = 5
     """Shorter ones come again by chance too often: where steps with drafts are dear, each try in vain is felt."""
 
+    _SURE = 8
+    """Of so many it is nearly always a copy, which goes on: a step with many drafts costs little more than one with few."""
+
     def __init__(self) -> None:
         self._after: dict[tuple[int, ...], int] = {}
         self._indexed = self._RUN
 
-    def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
-        """What followed the last tokens when they came before."""
+    def propose(self, tokens: Sequence[int], length: int, most: int) -> Sequence[int]:
+        """What followed the last tokens when they came before: `length` of them, or after a longer run as many as may be."""
         run, after = self._RUN, self._after
         for end in range(self._indexed, len(tokens)):
             after[tuple(tokens[end - run : end])] = end
         self._indexed = max(self._indexed, len(tokens))
         start = after.get(tuple(tokens[-run:]))
-        return tokens[start : start + most] if start is not None else ()
+        if start is None:
+            return ()
+        sure = start >= self._SURE and tokens[start - self._SURE : start] == tokens[-self._SURE :]
+        return tokens[start : start + (most if sure else min(length, most))]
 
 
 class DraftModel:
@@ -64,9 +70,9 @@ class DraftModel:
         self._known: list[int] = []
         """What is in its KV."""
 
-    def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
+    def propose(self, tokens: Sequence[int], length: int, most: int) -> Sequence[int]:
         """Its own greedy reply. It reads a long text slice by slice, one per call, and proposes nothing until it has caught up."""
-        backend = self._backend
+        backend, most = self._backend, min(length, most)
         if backend is None:
             return ()
         if len(tokens) + most > backend.layout.context < self._longest:
@@ -111,9 +117,12 @@ class DraftModel:
 
 
 class Payoff:
-    """Are drafts worth it? In units of a step without any."""
+    """Are the drafts of one drafter worth it? In units of a step without any."""
 
-    _FIRST, _MOST = 2, 16
+    MOST = 16
+    """Tokens of a draft."""
+
+    _FIRST = 2
     _PAUSE, _LONGEST_PAUSE = 16, 512
 
     def __init__(self) -> None:
@@ -130,7 +139,7 @@ class Payoff:
 
     def took(self, drafted: int, stood: int, cost: float) -> None:
         """A step with drafts is over: how many stood, and its time over that of a step without."""
-        self.length = min(4 * drafted, self._MOST) if stood == drafted else stood + 1
+        self.length = min(4 * drafted, self.MOST) if stood == drafted else stood + 1
         self._balance = 0.7 * self._balance + (1 + stood - cost)
         if self._balance < -1:
             self._off_for, self._pause = self._pause, min(2 * self._pause, self._LONGEST_PAUSE)
@@ -142,39 +151,39 @@ class Payoff:
 class Speculation:
     """That of one request. drafted, accepted: tokens so far."""
 
-    def __init__(self, drafters: Sequence[Drafter]) -> None:
-        """drafters: the first that proposes something is taken."""
+    def __init__(self, drafters: Sequence[tuple[Drafter, Payoff]]) -> None:
+        """drafters: the first that is wanted and proposes something is taken."""
         self._drafters = drafters
-        self.payoff = Payoff()
         self.drafted = self.accepted = 0
 
-    def propose(self, tokens: Sequence[int], most: int) -> Sequence[int]:
-        """At most `most` drafted tokens, fewer or none where they do not pay."""
-        if not self.payoff.wanted():
-            return ()
-        for drafter in self._drafters:
-            drafts = drafter.propose(tokens, min(most, self.payoff.length))
-            if drafts:
-                return drafts
-        return ()
+    def propose(self, tokens: Sequence[int], most: int) -> tuple[Sequence[int], Payoff | None]:
+        """At most `most` drafted tokens, fewer or none where they do not pay; and whose payoff it is if they do."""
+        for drafter, payoff in self._drafters:
+            if payoff.wanted() and (drafts := drafter.propose(tokens, payoff.length, min(most, Payoff.MOST))):
+                return drafts, payoff
+        return (), None
 
 
 class Speculator:
-    """Speculation for an engine: its draft model, and how long a step takes without drafts."""
+    """Speculation for an engine: its draft model, what that has paid so far, and how long a step takes without drafts."""
 
     def __init__(self, draft: DraftModel | None) -> None:
         self._draft = draft
+        # Kept from request to request: a model that guesses badly does so in the next one, too. Whether a text repeats itself is its own affair.
+        self._draft_payoff = Payoff()
+        self._payoff: Payoff | None = None
+        """Of the drafts that are being computed."""
         self._plain_s = 0.0
         self._plain_known = 0
         self._proposing_s = 0.0
 
     def begin(self, *, lookup: bool) -> Speculation | None:
         """For a new request; None where nothing drafts."""
-        drafters: list[Drafter] = []
+        drafters: list[tuple[Drafter, Payoff]] = []
         if lookup:
-            drafters.append(Lookup())
+            drafters.append((Lookup(), Payoff()))
         if self._draft is not None:
-            drafters.append(self._draft)
+            drafters.append((self._draft, self._draft_payoff))
         return Speculation(drafters) if drafters else None
 
     def drafts(self, speculation: Speculation, tokens: Sequence[int], most: int) -> Sequence[int]:
@@ -183,7 +192,8 @@ class Speculator:
             return ()
         started = time.perf_counter()
         try:
-            return speculation.propose(tokens, most)
+            drafts, self._payoff = speculation.propose(tokens, most)
+            return drafts
         except Exception:
             _log.exception("The draft model failed; replies go on without it.")
             self.close()
@@ -193,7 +203,7 @@ class Speculator:
 
     def took(self, speculation: Speculation, drafted: int, stood: int, seconds: float) -> None:
         """A step for one who decodes alone is over."""
-        if not drafted:
+        if not drafted or self._payoff is None:
             self._plain_s = (3 * self._plain_s + seconds) / 4 if self._plain_known else seconds
             self._plain_known += 1
             return
@@ -201,7 +211,7 @@ class Speculator:
         speculation.accepted += stood
         # What is far beyond its tokens one by one may be the work of others on a busy machine: once it is forgiven, twice in a row it is not.
         step, proposing = min(seconds / self._plain_s, 1.9 + drafted), min(self._proposing_s / self._plain_s, drafted)
-        speculation.payoff.took(drafted, stood, step + proposing)
+        self._payoff.took(drafted, stood, step + proposing)
 
     def close(self) -> None:
         """Give the draft model back."""

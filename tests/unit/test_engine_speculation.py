@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from qwen2_local.engine.speculation import DraftModel, Lookup, Payoff, Speculator
+from qwen2_local.engine.speculation import DraftModel, Lookup, Payoff, Speculation, Speculator
 from tests.support.engines import Harness, cached, end, finished, request, tokens
 from tests.support.scripted import VOCABULARY, Scripted, noise
 
@@ -126,24 +126,24 @@ def test_a_draft_model_that_agrees_saves_steps(make: Callable[..., Harness]) -> 
 
 def test_a_draft_models_smaller_vocabulary_is_kept_to() -> None:
     draft = DraftModel(Scripted(context=100, vocabulary=10), 1000)
-    assert list(draft.propose([1, 2, 3], 4)) == [4, 5, 6, 7]
-    assert list(draft.propose([1, 2, 500], 4)) == [], "it has no such token"
-    assert list(draft.propose([1, 2, 3, 4], 2)) == [5, 6]
+    assert list(draft.propose([1, 2, 3], 4, 4)) == [4, 5, 6, 7]
+    assert list(draft.propose([1, 2, 500], 4, 4)) == [], "it has no such token"
+    assert list(draft.propose([1, 2, 3, 4], 2, 2)) == [5, 6]
 
 
 def test_a_draft_model_proposes_nothing_past_its_own_context() -> None:
     draft = DraftModel(Scripted(context=10), 1000)
-    assert list(draft.propose([1, 2, 3, 4, 5, 6, 7], 8)) == [8, 9, 10]
-    assert list(draft.propose(list(range(10)), 8)) == []
+    assert list(draft.propose([1, 2, 3, 4, 5, 6, 7], 8, 8)) == [8, 9, 10]
+    assert list(draft.propose(list(range(10)), 8, 8)) == []
 
 
 def test_a_draft_model_gets_room_for_a_longer_text_where_there_is_memory() -> None:
     roomy, tight = Scripted(context=1000, usual=16), Scripted(context=1000, usual=16, most_tokens=20)
     for backend, drafts in ((roomy, [20, 21, 22]), (tight, [])):
         draft = DraftModel(backend, 1000)
-        assert list(draft.propose(list(range(10)), 3)) == [10, 11, 12]
-        assert list(draft.propose(list(range(20)), 3)) == drafts
-        assert list(draft.propose(list(range(8)), 3)) == [8, 9, 10]
+        assert list(draft.propose(list(range(10)), 3, 3)) == [10, 11, 12]
+        assert list(draft.propose(list(range(20)), 3, 3)) == drafts
+        assert list(draft.propose(list(range(8)), 3, 3)) == [8, 9, 10]
     assert [layout.context for layout in roomy.layouts] == [32]
     assert tight.layouts == []
 
@@ -152,11 +152,11 @@ def test_a_draft_model_reads_a_long_text_slice_by_slice() -> None:
     backend = Scripted(context=1000, step_tokens=512)
     draft = DraftModel(backend, 1000)
     text = list(range(150))
-    assert list(draft.propose(text, 3)) == []
-    assert list(draft.propose(text, 3)) == []
-    assert list(draft.propose(text, 3)) == [150, 151, 152]
+    assert list(draft.propose(text, 3, 3)) == []
+    assert list(draft.propose(text, 3, 3)) == []
+    assert list(draft.propose(text, 3, 3)) == [150, 151, 152]
     assert max(len(part) for _, part in backend.steps) == 64
-    assert list(draft.propose([*text, 150, 151, 9], 2)) == [10, 11]
+    assert list(draft.propose([*text, 150, 151, 9], 2, 2)) == [10, 11]
     assert backend.steps[-2][1] == (9,), "what it had guessed right is not computed again"
 
 
@@ -191,13 +191,22 @@ def test_lookup_finds_the_last_time_a_run_occurred() -> None:
     lookup = Lookup()
     run = [1, 2, 3, 4, 5]
     text = [*run, 6, 7, *run]
-    assert list(lookup.propose(text, 2)) == [6, 7]
+    assert list(lookup.propose(text, 2, 2)) == [6, 7]
     text += [9, *run]
-    assert list(lookup.propose(text, 3)) == [9, 1, 2]
+    assert list(lookup.propose(text, 3, 3)) == [9, 1, 2]
     text += [8]
-    assert list(lookup.propose(text, 3)) == []
-    assert list(lookup.propose([*text, *run[1:]], 3)) == []  # too short a run
-    assert list(Lookup().propose([1], 3)) == []
+    assert list(lookup.propose(text, 3, 3)) == []
+    assert list(lookup.propose([*text, *run[1:]], 3, 3)) == []  # too short a run
+    assert list(Lookup().propose([1], 3, 3)) == []
+
+
+def test_after_a_longer_run_lookup_gives_as_much_as_may_be() -> None:
+    run = [1, 2, 3, 4, 5, 6, 7, 8]
+    behind = list(range(20, 50))
+    assert list(Lookup().propose([*run, *behind, *run], 2, 16)) == behind[:16]
+    assert list(Lookup().propose([*run, *behind, *run], 2, 3)) == behind[:3]
+    assert list(Lookup().propose([*run, *behind, *run[1:]], 2, 16)) == behind[:2]
+    assert list(Lookup().propose([*run[3:], *behind, *run], 2, 16)) == behind[:2], "its beginning is the text's"
 
 
 # Does it pay?
@@ -258,17 +267,41 @@ def test_several_at_once_are_not_drafted_for(make: Callable[..., Harness]) -> No
     assert all(len(part) == 1 for _, part in harness.backend.steps[4:-30])
 
 
-def test_one_step_that_a_busy_machine_held_up_switches_nothing_off() -> None:
-    def payoff(steps: int) -> Payoff:
-        speculator = Speculator(None)
-        speculation = speculator.begin(lookup=True)
-        assert speculation is not None
-        for _ in range(3):
-            speculator.took(speculation, 0, 0, 0.01)
-        for _ in range(steps):
-            speculator.drafts(speculation, [1, 2, 3], 2)
-            speculator.took(speculation, 2, 2, 1.0)
-        return speculation.payoff
+LOOP = [1, 2, 3, 4, 5, 6, 7] * 3
 
-    assert payoff(1).wanted()
-    assert not payoff(2).wanted(), "twice is no accident"
+
+def begun(speculator: Speculator, *, lookup: bool = False) -> Speculation:
+    """A request of which some steps without drafts are done."""
+    speculation = speculator.begin(lookup=lookup)
+    assert speculation is not None
+    for _ in range(3):
+        speculator.took(speculation, 0, 0, 0.01)
+    return speculation
+
+
+def test_one_step_that_a_busy_machine_held_up_switches_nothing_off() -> None:
+    speculator = Speculator(None)
+    speculation = begun(speculator, lookup=True)
+    for drafts in (True, True, False):  # twice is no accident
+        drafted = len(speculator.drafts(speculation, LOOP, 2))
+        assert bool(drafted) == drafts
+        speculator.took(speculation, drafted, drafted, 1.0)
+
+
+def test_a_draft_model_that_never_pays_is_off_in_the_next_request_too() -> None:
+    speculator = Speculator(DraftModel(Scripted(context=4096), 1000))
+    first = begun(speculator)
+    while drafted := len(speculator.drafts(first, LOOP, 16)):
+        speculator.took(first, drafted, 0, 0.05)
+    second = begun(speculator, lookup=True)
+    assert list(speculator.drafts(second, [9, 8, 7], 16)) == []
+    assert len(speculator.drafts(second, LOOP, 16)) > 0, "what looks the text up is another"
+
+
+def test_a_draft_model_that_pays_is_not_begun_anew_with_short_drafts() -> None:
+    speculator = Speculator(DraftModel(Scripted(context=4096), 1000))
+    first = begun(speculator)
+    for _ in range(4):
+        drafted = len(speculator.drafts(first, LOOP, 16))
+        speculator.took(first, drafted, drafted, 0.012)
+    assert drafted == len(speculator.drafts(begun(speculator), [9, 8, 7], 16)) == 16
