@@ -323,7 +323,8 @@ class Transcript(ScrollView, can_focus=True):
             return False
         turn = self._flow[self.selected].turn
         if parameters[0] in _OF_REPLIES:
-            return turn.role == "assistant"
+            # A question can be answered anew as well: it may have no reply yet.
+            return turn.role == "assistant" or (turn.role == "user" and parameters[0] == "regenerate")
         return turn.count > 1 if parameters[0] in ("previous", "next") else True
 
     def on_focus(self) -> None:
