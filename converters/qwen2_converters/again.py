@@ -69,6 +69,18 @@ def free(store: Store, pull: Unfinished) -> None:
             store.forget(name)
 
 
+def tidy(store: Store, draft: str, models: Sequence[str]) -> None:
+    """Deletes what a pull that was killed at its very end has left: its models are installed. Leaves alone what another pull needs, or works on."""
+    try:
+        needed = not set(_read(store, draft).models) <= set(models)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, UsageError):
+        needed = False  # the order comes first and goes with the rest: this was being deleted
+    for name in {*models} if needed else {draft, *models}:
+        if store.unfinished(name).parent.is_dir():
+            with suppress(UsageError):
+                store.forget(name)
+
+
 def _read(store: Store, draft: str) -> Unfinished:
     path = store.unfinished(draft).with_name(_FILE)
     with path.open("rb") as file:

@@ -95,6 +95,7 @@ def carry_out(plan: PullPlan, *, progress: OnProgress | None = None) -> tuple[Ma
     Raises FetchFailed, Offline, BadFile and UnsupportedModel for what came, DoesNotFit, Cancelled, UsageError while another process makes it.
     """
     if plan.current:
+        again.tidy(plan.store, plan.draft, [model.name for model in plan.models])
         return tuple(_manifest(plan.store, model.name) for model in plan.models)
     report = progress or (lambda _: None)
     files.require_free(plan.store.folder, plan.disk)

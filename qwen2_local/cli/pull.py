@@ -78,6 +78,8 @@ def pull(
     if dry_run or plan.current:
         if as_json:
             _print_object(plan, "planned" if not plan.current else "current")
+        if not dry_run:
+            carry_out(plan)
         return
     _require_consent(plan, yes=yes, accepted=accept_licence)
     try:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from qwen2_converters.again import Order, Unfinished, free, remember, unfinished
+from qwen2_converters.again import Order, Unfinished, free, remember, tidy, unfinished
 from qwen2_local.errors import UsageError
 from qwen2_local.store import Store
 
@@ -57,6 +57,35 @@ def test_what_is_finished_leaves_nothing(store):
     with store.resume("tune:original"):
         pass
     assert unfinished(store) == []
+
+
+def test_what_a_pull_left_that_was_killed_at_its_end_is_deleted(store):
+    begin(store)
+    made = store.folder / ".qwen2-partial-tune@q8_0"
+    made.mkdir()
+    tidy(store, "tune:original", ["tune:q8_0", "tune:mlx-4bit"])
+    assert store.drafts() == ()
+
+
+def test_what_another_pull_of_the_same_original_needs_stays(store):
+    begin(store)
+    (store.folder / ".qwen2-partial-tune@q8_0").mkdir()
+    tidy(store, "tune:original", ["tune:q8_0"])
+    assert store.drafts() == ("tune:original",)
+
+
+def test_what_was_being_deleted_is_deleted(store):
+    begin(store)
+    store.unfinished("tune:original").with_name("pull.json").unlink()
+    tidy(store, "tune:original", ["tune:q8_0"])
+    assert store.drafts() == ()
+
+
+def test_what_somebody_works_on_is_left_to_them(store):
+    begin(store)
+    with store.resume("tune:original"):
+        tidy(store, "tune:original", ["tune:q8_0", "tune:mlx-4bit"])
+        assert store.drafts() == ("tune:original",)
 
 
 @pytest.mark.parametrize(
