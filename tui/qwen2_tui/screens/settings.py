@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual import on
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import Screen
@@ -69,6 +69,7 @@ class SettingsScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         """The sections, of which each is filled when it is first looked at."""
+        self._made: dict[str, list[FieldRow]] = {}
         yield TopLine()
         yield Tabs(*(Tab(title, id=name) for name, title in SECTIONS.items()))
         with ContentSwitcher(initial="section-chat"):
@@ -89,7 +90,12 @@ class SettingsScreen(Screen[None]):
         switcher.current = f"section-{name}"
         section = self.query_one(f"#section-{name}", VerticalScroll)
         if not section.children:
-            section.mount_all(self._contents(name))
+            section.mount_all(self._filled(name))
+
+    def _filled(self, name: str) -> list[Widget]:
+        contents = list(self._contents(name))
+        self._made[name] = [one for one in contents if isinstance(one, FieldRow)]
+        return contents
 
     def _contents(self, name: str) -> Iterable[Widget]:
         if name in _WORDS:
@@ -142,8 +148,8 @@ class SettingsScreen(Screen[None]):
     # What was changed
 
     def _rows(self, section: str = "") -> list[FieldRow]:
-        within = f"#section-{section} " if section else ""
-        return list(self.query(f"{within}FieldRow").results(FieldRow))
+        """Of one section, or of all."""
+        return self._made.get(section, []) if section else [row for rows in self._made.values() for row in rows]
 
     @on(FieldRow.Changed)
     def _say(self) -> None:
@@ -151,11 +157,11 @@ class SettingsScreen(Screen[None]):
         state = self.query_one("#state", Static)
         state.set_class(bool(edited), "-edited")
         if not edited:
-            state.update(f"All of it lies in {clean_line(str(self.qwen.settings_file.path))}")
+            state.update(f"All of it lies in {clean_line(str(self.qwen.settings_file.path))}", layout=False)
             return
         what = "1 change" if len(edited) == 1 else f"{len(edited)} changes"
         anew = " The model is then loaded anew." if any(row.edited for row in self._rows("model")) else ""
-        state.update(f"{what}: {self.qwen.key_of('settings.save')} saves.{anew}")
+        state.update(f"{what}: {self.qwen.key_of('settings.save')} saves.{anew}", layout=False)
 
     def action_save(self) -> bool:
         """Takes all that was changed, in every section; nothing while something is wrong."""
@@ -232,7 +238,18 @@ class SettingsScreen(Screen[None]):
             section = self.query_one(f"#section-{name}", VerticalScroll)
             if section.children and not section.has_focus_within:
                 await section.remove_children()
-                await section.mount_all(self._contents(name))
+                await section.mount_all(self._filled(name))
+
+    def commands(self) -> Iterable[SystemCommand]:
+        """For the palette."""
+        yield SystemCommand("Read the settings file again", "after changing it by hand", self.read_again)
+
+    def read_again(self) -> None:
+        """What a person has changed in the file meanwhile holds from now on."""
+        read, notes = self.qwen.settings_file.read()
+        for note in notes:
+            self.qwen.tell(note, problem=True)
+        self.qwen.settings = read
 
     # Moving
 

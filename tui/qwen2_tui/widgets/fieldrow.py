@@ -54,7 +54,7 @@ class Pick(Static, can_focus=True):
         self.post_message(self.Changed(self))
 
     def _say(self) -> None:
-        self.update(f"‹ {self._labels[self.place]} ›")
+        self.update(f"‹ {self._labels[self.place]} ›", layout=False)
 
     def action_walk(self, by: int) -> None:
         """To the next value, or the one before."""
@@ -121,7 +121,7 @@ class FieldRow(Widget):
         super().__init__(disabled=fixed)
         self.field = field
         self.value = self.original = value
-        self.problem = ""
+        self.problem = self._said = ""
         self._unset, self._note, self._suggestions = clean_line(unset or field.unset), note, suggestions
         self._values: list[Value | None] = list(choices)
         if field.kind == "flag":
@@ -210,6 +210,8 @@ class FieldRow(Widget):
     def _say(self) -> None:
         self.set_class(self.edited, "-edited")
         self.set_class(bool(self.problem), "-wrong")
-        words = " ".join(part for part in (self.field.words, self._note) if part)
-        self.query_one(".note", Static).update(clean(self.problem or words))
+        words = clean(self.problem or " ".join(part for part in (self.field.words, self._note) if part))
+        if words != self._said:
+            self._said = words
+            self.query_one(".note", Static).update(words)
         self.post_message(self.Changed(self))

@@ -134,7 +134,7 @@ class Sidebar(Vertical):
         self._list.opened, self._list.running = chat, frozenset(running)
         said = self.query_one("#temporary", Static)
         said.set_class(temporary, "-shown")
-        said.update(f"{'●' if None in running else '▌'} temporary chat: not saved")
+        said.update(f"{'●' if None in running else '▌'} temporary chat: not saved", layout=False)
 
     def focus_search(self) -> None:
         """To the search, wherever it is."""
