@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from textual.app import App
 
 from qwen2_local.chat import Chat
 from qwen2_tui.screens.prompt import PromptScreen, prompt_of, texts_of
 from qwen2_tui.widgets.tokenflow import Piece, laid
-from tests.tui.pilot import make_app, screen_text, wait_for_text
+from tests.tui.pilot import screen_text, wait_for_text
 from tests.tui.scripted import ScriptedModel, guide_tokenizer
 
 
@@ -90,7 +91,7 @@ def test_nothing_that_a_terminal_obeys_is_left_in_a_line():
 
 async def test_the_screen_shows_it_and_copies_it(monkeypatch: pytest.MonkeyPatch):
     model, chat = asked("Mekong.")
-    app = make_app()
+    app: App[None] = App()
     copied: list[str] = []
     monkeypatch.setattr(app, "copy_to_clipboard", copied.append)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -102,12 +103,12 @@ async def test_the_screen_shows_it_and_copies_it(monkeypatch: pytest.MonkeyPatch
         assert copied[0].endswith("<|im_start|>assistant\n")
         await pilot.press("escape")
         await pilot.pause()
-        assert app.screen is app.chat_screen
+        assert len(app.screen_stack) == 1
 
 
 async def test_what_cannot_be_told_is_said():
     model, chat = asked("One.")
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(80, 24)) as pilot:
         app.push_screen(PromptScreen(model, chat, 7))
         await wait_for_text(pilot, "no message 7")
@@ -115,7 +116,7 @@ async def test_what_cannot_be_told_is_said():
 
 async def test_a_long_prompt_is_shown_at_once_and_scrolls():
     model, chat = asked("One.", question="long " * 3000)
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(60, 20)) as pilot:
         app.push_screen(PromptScreen(model, chat, 1))
         await wait_for_text(pilot, "long long")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from textual.app import App
 from textual.widgets import OptionList
 
 from qwen2_local.chat import Chat
 from qwen2_local.errors import WorkerDied
 from qwen2_tui.screens.tokens import TokensScreen, alternatives, percent, scored, step, tokens_of
 from qwen2_tui.widgets.tokenflow import Flow
-from tests.tui.pilot import make_app, screen_text, wait_for_text, wait_until
+from tests.tui.pilot import screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedModel
 
 
@@ -75,7 +76,7 @@ def test_from_half_a_character_or_the_end_no_reply_can_go_on():
 async def test_one_chooses_another_token_and_gets_the_text_to_go_on_from():
     model, chat = said("The Mekong crosses Laos.")
     model.says = ["Nam"]
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(100, 24)) as pilot:
         results: list[Any] = []
         app.push_screen(TokensScreen(model, chat, 1), results.append)
@@ -93,7 +94,7 @@ async def test_one_chooses_another_token_and_gets_the_text_to_go_on_from():
 
 async def test_moving_selects_and_escape_leaves_without_a_choice():
     model, chat = said("The Mekong\ncrosses Laos.")
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(60, 20)) as pilot:
         results: list[Any] = []
         app.push_screen(TokensScreen(model, chat, 1), results.append)
@@ -116,7 +117,7 @@ async def test_moving_selects_and_escape_leaves_without_a_choice():
 
 async def test_a_click_selects():
     model, chat = said("The Mekong crosses Laos.")
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(100, 24)) as pilot:
         app.push_screen(TokensScreen(model, chat, 1))
         await wait_for_text(pilot, "perplexity")
@@ -127,7 +128,7 @@ async def test_a_click_selects():
 
 async def test_the_same_place_is_asked_once():
     model, chat = said("The Mekong.")
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(100, 24)) as pilot:
         app.push_screen(TokensScreen(model, chat, 1))
         await wait_for_text(pilot, "perplexity")
@@ -141,7 +142,7 @@ async def test_the_same_place_is_asked_once():
 async def test_a_model_that_dies_meanwhile_is_said():
     model, chat = said("The Mekong.")
     model.says = [Say(refuse=WorkerDied("The worker process was killed.", hint="The next question starts another."))]
-    app = make_app()
+    app: App[None] = App()
     async with app.run_test(size=(100, 24)) as pilot:
         app.push_screen(TokensScreen(model, chat, 1))
         await wait_for_text(pilot, "perplexity")
