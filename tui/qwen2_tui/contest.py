@@ -105,7 +105,7 @@ class Result:
             return "waiting"
         if how.phase == "reading":
             return f"reading {how.read:,} of {how.prompt:,} tokens"
-        known = f" ({how.cached:,} of {how.prompt:,} prompt tokens known already)" if how.cached else ""
+        known = f" ({how.cached:,} of {how.prompt:,} tokens known already)" if how.cached else ""
         parts = [f"{how.tokens_per_s:.1f} tok/s", f"first token {how.first_token_s:.2f} s{known}", f"{how.written:,} tokens"]
         parts += [f"memory {fit.show_gb(self.memory)}"] if self.memory else []
         parts += [f"file {gigabytes(self.size)}"] if self.size else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from textual.widgets import Footer, Static
 from qwen2_local import fit
 from qwen2_local.cli.output import gigabytes
 from qwen2_local.errors import Cancelled, Qwen2LocalError, UsageError
-from qwen2_local.sanitize import clean_line
+from qwen2_local.sanitize import clean, clean_line
 from qwen2_local.types import Message
 from qwen2_tui import contest, inventory, keys
 from qwen2_tui.contest import Contender, Result
@@ -35,6 +36,7 @@ from qwen2_tui.widgets.topline import TopLine
 if TYPE_CHECKING:
     from qwen2_tui.app import QwenApp
 
+_log = logging.getLogger(__name__)
 _STACKED_BELOW = 80
 _OTHER, _SETTINGS = "=other", "=settings"
 _ENDS = {"length": "cut at max_tokens", "context": "the context is full", "cancelled": "stopped"}
@@ -45,7 +47,8 @@ class CompareScreen(Screen[None]):
 
     DEFAULT_CSS = """
     CompareScreen {
-        #how { height: 1; padding: 0 2; color: $text-muted; }
+        #how { height: auto; max-height: 4; padding: 0 2; color: $text-muted; }
+        #how.-problem { color: $text-warning; }
         #sides { layout: horizontal; height: 1fr; }
         &.-stacked #sides { layout: vertical; }
     }
@@ -64,6 +67,8 @@ class CompareScreen(Screen[None]):
         self._pace = Pace()
         self._timer: Timer | None = None
         self._comparing = False
+        self.rounds = 0
+        """Comparisons that are over."""
         self._stop = threading.Event()
         self._memory = [0, 0]
 
@@ -180,8 +185,9 @@ class CompareScreen(Screen[None]):
 
     def action_again(self) -> None:
         """The same prompt, with another seed."""
-        self._seed = contest.new_seed()
-        self._prompt = self._prompt or self.query_one(Composer).text
+        if not self._comparing:
+            self._seed = contest.new_seed()
+        self._prompt = self.query_one(Composer).text or self._prompt
         self._begin()
 
     def _begin(self) -> None:
@@ -189,7 +195,7 @@ class CompareScreen(Screen[None]):
         if self._comparing or not self._prompt.strip() or None in contenders:
             return
         if self.qwen.chat_screen.busy:
-            self.qwen.tell("A reply is being written in the chat, and would take half of the speed. Wait for its end, or stop it.", problem=True)
+            self._say_how("A reply is being written in the chat, and would take half of the speed. Wait for its end, or stop it.", problem=True)
             return
         self._comparing = True
         self._stop.clear()
@@ -202,6 +208,7 @@ class CompareScreen(Screen[None]):
 
     def _compete(self, contenders: tuple[Contender, Contender], prompt: str, seed: int) -> None:
         """In a thread: load what is missing, then one after the other."""
+        problem = ""
         try:
             models = self._load(contenders)
             for side, contender, model in zip(self.sides, contenders, models, strict=True):
@@ -210,11 +217,13 @@ class CompareScreen(Screen[None]):
                 self._ask(side, contender, model, prompt, seed)
         except Cancelled:
             pass
+        except Qwen2LocalError as error:
+            problem = str(error)
         except Exception as error:
-            if not self._stop.is_set():
-                self.qwen.call_later(self.qwen.problem, error)
+            _log.exception("comparing")
+            problem = f"{type(error).__name__}: {error}"
         finally:
-            self.qwen.call_later(self._over)
+            self.qwen.call_later(self._over, problem)
 
     def _load(self, contenders: tuple[Contender, Contender]) -> list[Model]:
         """The models of both; those of earlier comparisons that are no longer wanted go first. Raises DoesNotFit, and what loading raises."""
@@ -231,8 +240,8 @@ class CompareScreen(Screen[None]):
                 model.close()
                 raise Cancelled("Stopped.")
             self._loaded[wish] = model
-            # What is read for the first time comes from the disk: that is not the model's speed.
-            for _ in model.respond([Message("user", "Hi")], max_tokens=1, persist=False):
+            # What is read for the first time comes from the disk: that is not the model's speed. No chat begins like this text.
+            for _ in model.write(model.tokenizer.encode("Hi"), max_tokens=1, persist=False):
                 pass
         self.qwen.call_later(self._say_how)
         return [self._hosted(contender) or self._loaded[contender.wish] for contender in contenders]
@@ -277,24 +286,28 @@ class CompareScreen(Screen[None]):
         if self.is_attached:
             side.end(self._result(side))
 
-    def _over(self) -> None:
+    def _over(self, problem: str) -> None:
         self._comparing = False
+        self.rounds += 1
         if not self.is_attached:
             return
         if self._timer is not None:
             self._timer.stop()
-        self._say_how()
+        self._say_how(problem, problem=bool(problem))
 
     def action_back(self) -> None:
         """Stop; then close."""
-        if self._comparing:
-            self._stop.set()
-        else:
+        if not self._comparing:
             self.dismiss()
+            return
+        self._stop.set()
+        self._say_how("stopping …")
 
-    def _say_how(self, words: str = "") -> None:
+    def _say_how(self, words: str = "", *, problem: bool = False) -> None:
         one = f" · {clean_line(self._prompt)}" if self._prompt else ""
-        self.query_one("#how", Static).update(clean_line(words) or f"seed {self._seed} · one after the other: true speeds{one}")
+        how = self.query_one("#how", Static)
+        how.set_class(problem, "-problem")
+        how.update(clean(words) or f"seed {self._seed} · one after the other: true speeds{one}")
 
 
 def _close(models: list[Model]) -> None:

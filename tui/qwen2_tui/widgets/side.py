@@ -66,9 +66,8 @@ class Side(Vertical):
 
     def begin(self, live: LiveReply) -> None:
         """Its reply is on its way."""
-        assert self.contender is not None
         self.live = live
-        self._turn = Turn(self._turn.key + 1, "assistant", self.contender.name, "")
+        self._turn = Turn(self._turn.key + 1, "assistant", "reply", "")
         transcript = self.query_one(Transcript)
         transcript.show([])
         transcript.begin_stream(self._turn)
