@@ -167,4 +167,4 @@ def _lexer(language: str) -> Lexer | None:
 
 @lru_cache(64)
 def _has_block_comments(lexer: Lexer) -> bool:
-    return next(iter(lexer.get_tokens("/*a\nb*/")))[0] in Comment
+    return any(token in Comment and text == "/*a\nb*/" for token, text in lexer.get_tokens("/*a\nb*/"))

@@ -445,7 +445,7 @@ class Transcript(ScrollView, can_focus=True):
             cells += 1
         if cells < width:
             segments.append(Segment(" " * (width - cells), palette.blank))
-        return Strip(segments, max(cells, width))
+        return Strip(segments, max(cells, width)).crop(0, width)
 
     def _hinted(self, strip: Strip, width: int) -> Strip:
         assert self._palette is not None
