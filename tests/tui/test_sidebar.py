@@ -96,6 +96,7 @@ async def test_the_open_one_is_marked_and_those_with_a_reply_under_way(store: Ch
         sidebar = await filled(pilot)
         sidebar.mark(2, running={2, 1})
         await pilot.pause()
+        assert sidebar.highlighted == 2  # what is done with a chat is done with the one that one sees
         assert [line[0] for line in lines(pilot.app)[1:4]] == ["★", "●", "●"]
         sidebar.mark(2, running={1})
         await pilot.pause()

@@ -65,7 +65,7 @@ class ChatList(ScrollView, can_focus=True):
 
     cursor: reactive[int] = reactive(0, repaint=False)
     hovered: reactive[int | None] = reactive(None, repaint=False)
-    opened: reactive[int | None] = reactive(None)
+    opened: reactive[int | None] = reactive(None, init=False)
     running: reactive[frozenset[int | None]] = reactive(frozenset())
 
     @dataclass
@@ -81,6 +81,8 @@ class ChatList(ScrollView, can_focus=True):
         self.empty = ""
         """What is said where there are no rows."""
         self._now = 0.0
+        self._places: dict[int | None, int] = {}
+        self._following = False
 
     @property
     def row(self) -> Row | None:
@@ -97,13 +99,26 @@ class ChatList(ScrollView, can_focus=True):
         at = self.row
         same = self.words == tuple(words)
         self.rows, self.words, self.empty, self._now = tuple(rows), tuple(words), empty, now
-        places = {row.chat: place for place, row in enumerate(self.rows)}
-        self.set_reactive(ChatList.cursor, max(0, min(places.get(at.chat, self.cursor), len(rows) - 1)) if at and same else 0)
+        self._places = {row.chat: place for place, row in enumerate(self.rows)}
         self.hovered = None
         self._arrange()
-        if not same:
+        if at is None or not same:
+            self.set_reactive(ChatList.cursor, 0)
             self.scroll_to(y=0, animate=False)
+        else:
+            self.set_reactive(ChatList.cursor, max(0, min(self._places.get(at.chat, self.cursor), len(rows) - 1)))
+        self._follow()
         self.refresh()
+
+    def watch_opened(self) -> None:
+        """The cursor comes to the chat that was opened, once it is in the list: what is done with a chat is done with the one that one sees."""
+        self._following = True
+        self._follow()
+
+    def _follow(self) -> None:
+        if self._following and self.opened in self._places:
+            self._following = False
+            self.cursor = self._places[self.opened]
 
     def on_resize(self) -> None:
         """Rows are as wide as the list."""
