@@ -47,9 +47,9 @@ def cleaned(data: bytes) -> bytes:
 
 
 class Terminal:
-    """Python `source` on a pseudo-terminal of its own, in the project's folder, until the end of the `with` block."""
+    """Python `source` on a pseudo-terminal of its own, until the end of the `with` block."""
 
-    def __init__(self, source: str, *, columns: int = 100, rows: int = 30, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, source: str, *, columns: int = 100, rows: int = 30, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> None:
         ours, theirs = pty.openpty()
         self._handle = ours
         self._sized(columns, rows)
@@ -62,7 +62,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **variables, **(env or {})},
             start_new_session=True,
         )
@@ -122,6 +122,11 @@ class Terminal:
             data = data[:cut]
         self._stream.feed(cleaned(data))
         return [line.rstrip() for line in self._screen.display]
+
+    def columns(self, character: str) -> list[set[int]]:
+        """Of each line, the columns in which `character` stands: a wide one before it takes two, as in any terminal."""
+        self.lines()
+        return [{x for x in range(self._screen.columns) if self._screen.buffer[y][x].data == character} for y in range(self._screen.lines)]
 
     @property
     def text(self) -> str:

@@ -73,6 +73,26 @@ def test_a_large_paste_is_one_message():
     assert text in [one.text for one in messages()]
 
 
+def test_wide_characters_leave_every_border_where_it_is():
+    """What the app takes for the width of a character is what terminals take. (Not of Thai's vowels: pyte loses what follows them.)"""
+    wide = "湄公河 メコン川 메콩강 🌊🌏 ｆｕｌｌ e\u0301 ñ"
+    with scripted(f"'| 河流 | x |\\n|---|---|\\n| {wide} | x |\\n| a | x |'") as window:
+        window.wait_for("ready", "send")
+        window.paste(f"{wide}\n{wide}")
+        window.wait_for("湄公河")
+        window.type(ENTER)
+        window.wait_for("河流")
+        window.paste(f"{wide}\n{wide}")
+        window.wait_until(lambda: window.text.count("ｆｕｌｌ") == 5, "not all is shown")
+        edges = [columns for columns in window.columns("│") if len(columns) > 1]
+        composer = [columns for columns in edges if max(columns) == 99]
+        table = [columns for columns in edges if max(columns) < 99]
+    assert len(composer) == 2
+    assert len(set(map(frozenset, composer))) == 1
+    assert len(table) == 3
+    assert len(set(map(frozenset, table))) == 1
+
+
 def test_resizing_while_a_reply_comes():
     words = " ".join(f"word{number}" for number in range(60))
     with scripted(f"Say({words!r}, per_s=60)") as window:
