@@ -255,7 +255,7 @@ def footer_of(message: ChatMessage) -> str:
     said = []
     if message.state == "partial":
         said.append("stopped" if message.finish_reason == "cancelled" else "broke off")
-        said.append("c continues, r writes another")
+        said.append("c continues")
     elif message.finish_reason == "length":
         said.append("cut at the longest that replies may be (settings) · c continues")
     elif message.finish_reason == "context":

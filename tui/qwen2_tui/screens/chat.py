@@ -292,16 +292,6 @@ class ChatScreen(Screen[None]):
         else:
             self.acting.choose(event.key)
 
-    def action_walk(self, step: int) -> None:
-        """From the message to the conversation, to the list of chats, and round."""
-        conversation = self.transcript if self.transcript.display else self.query_one("#choices")
-        rooms = [(self.composer, self.composer), (self.query_one("#main"), conversation)]
-        if self.sidebar.display:
-            rooms.append((self.sidebar, self.sidebar.query_one("#chats")))
-        focused = self.focused
-        at = next((number for number, (room, _) in enumerate(rooms) if focused is not None and (room is focused or room in focused.ancestors)), 0)
-        rooms[(at + step) % len(rooms)][1].focus()
-
     def action_offer(self, number: int) -> None:
         """One of the choices that are offered."""
         self.offers.choose(number)

@@ -154,7 +154,8 @@ class Entering:
         if screen.qwen.host.state.phase != "ready" or model is None or session.running:
             return
         if session.conversation.model is model:
-            self._used(session)
+            crashed = screen.offers.offer is not None and screen.offers.offer.kind == "crash"
+            (self._taken if crashed else self._used)(session)
         else:
             system = screen.chat_settings.system
             screen.run_worker(partial(self._take, session, model, system), thread=True, group="use", exclusive=True)

@@ -62,7 +62,7 @@ class Gauges:
 
     def overflowed(self, error: ContextOverflow) -> None:
         """A message was refused as too long."""
-        offer = self._offer(Measure(1, 0, 1))
+        offer = self._offer(Measure(2, 0, 1))
         assert offer is not None
         self._screen.offers.show(Offer("context", error.what, offer.choices))
 
