@@ -52,7 +52,20 @@ class ScriptedJobs:
     def __init__(self) -> None:
         self.jobs: dict[str, Any] = {}
         self.asked: list[tuple[str, str]] = []
+        self.plans: dict[str, Any] = {}
+        """What a hub answers about a name: a `Plan`, or what went wrong. None yet: it takes its time."""
         self.tell: Callable[[Any], None] = lambda job: None
+
+    def plan(self, name: str, on_end: Callable[[Any, str], None]) -> Any:
+        self.asked.append(("plan", name))
+        answer = self.plans.get(name)
+        if answer is not None:
+            on_end(*((None, answer) if isinstance(answer, str) else (answer, "")))
+        return self
+
+    def stop(self) -> None:
+        """Nobody waits for a plan any more."""
+        self.asked.append(("stop", ""))
 
     def look(self) -> None:
         """There is nothing from earlier days."""

@@ -47,6 +47,15 @@ class Job:
     kept: int = 0
     models: tuple[str, ...] = ()
 
+    @property
+    def news(self) -> str:
+        """For somebody who does something else: how it ended. Empty while it goes on, or where it was ended on purpose."""
+        if self.state == "failed":
+            return f"{self.name}: {self.words}"
+        if self.state != "done":
+            return ""
+        return f"{self.name}: {self.words}" if self.words or not self.models else f"{' and '.join(self.models)} is installed."
+
 
 class Jobs:
     """All of them, by name. Methods may be called from any thread; none waits but `look`, `free` and `close`, for a moment."""
