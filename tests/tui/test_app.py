@@ -18,6 +18,7 @@ from qwen2_tui.app import QwenApp
 from qwen2_tui.commands import commands
 from qwen2_tui.events import HostChanged, JobChanged, SettingsChanged
 from qwen2_tui.host import HostState
+from qwen2_tui.jobs import Job
 from qwen2_tui.model import LoadWish
 from qwen2_tui.opening import Opening, first_model, wish_of
 from qwen2_tui.settings import ModelSettings, Settings
@@ -154,9 +155,11 @@ async def test_every_open_screen_is_told_what_changed():
         await wait_until(pilot, lambda: app.host.state.phase == "ready")
         wanted = Settings(sidebar=False)
         app.change_settings(wanted)
-        jobs.tell("a job")
-        await wait_until(pilot, lambda: "a job" in above.heard)
-        assert below.heard == above.heard == ["loading", "ready", wanted, "a job"]
+        job = Job("7b", state="done", models=("7b:q4_k_m",))
+        jobs.tell(job)
+        await wait_until(pilot, lambda: job in above.heard)
+        assert below.heard == above.heard == ["loading", "ready", wanted, job]
+        await wait_until(pilot, lambda: [one.message for one in app._notifications] == ["7b:q4_k_m is installed."])
         assert app.host.state.wish.name == "7b"
 
 

@@ -1,6 +1,6 @@
 """The full-screen terminal app. It stands on the public API, drives the model in a process of its own, and is called by the command line.
 
-  app        QwenApp: screens, global keys, palette, themes, notices, quit
+  app        QwenApp: makes the parts, tells the screens what changed, ends in order; everywhere: the global keys and what they open
   host       Host: the loaded model; model: what the app needs of one
   events     what changed in the app, told to all open screens
   keys       the table of keys: bindings, footer, help and keymap come from it

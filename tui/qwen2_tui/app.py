@@ -1,4 +1,4 @@
-"""The app: one window on a model, its chats and its settings. It joins the parts, and holds what is global: keys, palette, themes, the end."""
+"""The app: one window on a model, its chats and its settings. It makes the parts, tells the screens what changed, and ends in order."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from textual.app import App, SystemCommand
+from textual.app import SystemCommand
 from textual.message import Message
 from textual.reactive import reactive
-from textual.screen import ModalScreen, Screen
-from textual.widgets import Input, TextArea
+from textual.screen import Screen
 
 from qwen2_local import paths
 from qwen2_local.chats import ChatStore
 from qwen2_local.errors import Qwen2LocalError
-from qwen2_local.sanitize import clean, clean_line
+from qwen2_local.sanitize import clean_line
 from qwen2_tui import keys, logfile
 from qwen2_tui.commands import commands
 from qwen2_tui.ending import on_signals
 from qwen2_tui.events import HostChanged, JobChanged, SettingsChanged
+from qwen2_tui.everywhere import Everywhere
 from qwen2_tui.host import Host, HostState
 from qwen2_tui.model import Loader, LoadWish, load
 from qwen2_tui.opening import Opening, first_model, wish_of
-from qwen2_tui.screens.chat import ChatScreen
-from qwen2_tui.screens.small import HEIGHT, WIDTH, SmallScreen
 from qwen2_tui.settings import Settings, SettingsFile
 from qwen2_tui.theme import DARK, LIGHT, OURS, theme_named
 
@@ -41,33 +39,17 @@ if TYPE_CHECKING:
     from qwen2_tui.library import Library
 
 _log = logging.getLogger(__name__)
-_AGAIN_S = 3.0
 _LEAVE_S = 1.5
 _SWEEP_S = 3.0  # the first screen comes first
-_HIDDEN_BY_MODALS = {"command_palette", "new", "temporary", "search", "sidebar", "models", "settings", "help", "undo"}
 
 
-class QwenApp(App[None]):
+class QwenApp(Everywhere):
     """See the module. Widgets find the parts here: `host`, `store`, `settings`, `settings_file`, `library`, `jobs`."""
 
     TITLE = "qwen2-local"
     CSS_PATH = "app.tcss"
     ENABLE_COMMAND_PALETTE = True
     COMMAND_PALETTE_BINDING = "ctrl+p"
-    BINDINGS: ClassVar = [
-        keys.bind("app.palette", "command_palette", priority=True),
-        keys.bind("app.help", "help", priority=True),
-        keys.bind("app.new", "new", priority=True),
-        keys.bind("app.temporary", "temporary", priority=True),
-        keys.bind("app.search", "search", priority=True),
-        keys.bind("app.sidebar", "sidebar", priority=True),
-        keys.bind("app.models", "models", priority=True),
-        keys.bind("app.settings", "settings", priority=True),
-        keys.bind("app.undo", "undo"),
-        keys.bind("app.interrupt", "interrupt", priority=True),
-        keys.bind("app.back", "back"),
-        keys.bind("app.quit", "quit", priority=True),
-    ]
 
     host_state: reactive[HostState] = reactive(HostState("empty", LoadWish()))
     """How things are with the model: `HostChanged` tells the screens, widgets may watch this."""
@@ -94,12 +76,10 @@ class QwenApp(App[None]):
         self._kept = read
         self._keeping = threading.Lock()
         self.host = Host(loader, self._host_changed, self.call_later)
-        self.chat_screen = ChatScreen()
         self._jobs = jobs
         if jobs is not None:
             jobs.tell = self._job_changed
         self._library: Library | None = None
-        self._interrupted = 0.0
         self._said: set[str] = set()
         self._begun = self._leaving = self._panicked = False
         self.register_theme(DARK)
@@ -129,27 +109,13 @@ class QwenApp(App[None]):
 
     # Begin
 
-    def get_default_screen(self) -> Screen[Any]:
-        """The chat: everything else is opened from there."""
-        return self.chat_screen
-
     def on_mount(self) -> None:
         """Show the chat first; the model loads behind it."""
         for note in (*self.store.notes, *self._notes):
             self.tell(note, problem=True)
         if threading.current_thread() is threading.main_thread() and not self.is_headless:
-            on_signals(self._quit_soon, self.leave)
+            on_signals(self.quit_soon, self.leave)
         self.call_after_refresh(self._begin)
-
-    def on_resize(self) -> None:
-        """Too small is said, instead of shown."""
-        self.call_later(self._fit)
-
-    def _fit(self) -> None:
-        if self.size.width < WIDTH or self.size.height < HEIGHT:
-            self._open(SmallScreen)
-        elif isinstance(self.screen, SmallScreen):
-            self.pop_screen()
 
     def _begin(self) -> None:
         self._begun = True
@@ -175,10 +141,6 @@ class QwenApp(App[None]):
         return tuple(clean_line(part) for part in (name, quantization.upper(), backend) if part)
 
     # What others call
-
-    def tell(self, text: str, *, problem: bool = False) -> None:
-        """A sentence for the person, beside what is going on."""
-        self.notify(clean(text), severity="warning" if problem else "information", markup=False, timeout=8 if problem else 4)
 
     def problem(self, error: BaseException) -> None:
         """What went wrong, and what to do."""
@@ -208,40 +170,6 @@ class QwenApp(App[None]):
             except (Qwen2LocalError, OSError) as error:
                 self.call_later(self.problem, error)
 
-    def open_models(self) -> None:
-        """The models: sizes, installed ones, fetches."""
-        from qwen2_tui.screens.models import ModelsScreen
-
-        self._open(ModelsScreen)
-
-    def open_settings(self) -> None:
-        """The settings."""
-        from qwen2_tui.screens.settings import SettingsScreen
-
-        self._open(SettingsScreen)
-
-    def open_compare(self) -> None:
-        """Two models beside each other."""
-        from qwen2_tui.screens.compare import CompareScreen
-
-        self._open(CompareScreen)
-
-    def open_help(self) -> None:
-        """The keys, and where the documentation lies."""
-        from qwen2_tui.screens.help import HelpScreen
-
-        self._open(HelpScreen)
-
-    def show_chat(self) -> ChatScreen:
-        """Close what is open over the chat."""
-        while len(self.screen_stack) > 1 and self.screen is not self.chat_screen:
-            self.pop_screen()
-        return self.chat_screen
-
-    def _open(self, kind: Callable[[], Screen[Any]]) -> None:
-        if not isinstance(self.screen, kind):  # type: ignore[arg-type]
-            self.push_screen(kind())
-
     # What changed
 
     def _host_changed(self, state: HostState) -> None:
@@ -255,6 +183,8 @@ class QwenApp(App[None]):
     def _job_changed(self, job: Job) -> None:
         """From a thread of theirs."""
         self.call_later(self._tell_screens, lambda: JobChanged(job))
+        if job.news:
+            self.call_later(self.tell, job.news, problem=job.state == "failed")
 
     def _tell_screens(self, made: Callable[[], Message]) -> None:
         for screen in self.screen_stack:
@@ -282,78 +212,6 @@ class QwenApp(App[None]):
             short = {full: name for name, full in OURS.items()}.get(theme, theme)
             self.change_settings(replace(self.settings, theme=short))
 
-    # Keys
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Below a dialog nothing changes."""
-        return not (action in _HIDDEN_BY_MODALS and isinstance(self.screen, ModalScreen))
-
-    def action_new(self) -> None:
-        """A new chat."""
-        self.show_chat().new_chat()
-
-    def action_temporary(self) -> None:
-        """A new chat that leaves nothing."""
-        self.show_chat().new_chat(temporary=True)
-
-    def action_search(self) -> None:
-        """To the search of the list of chats."""
-        self.show_chat().search()
-
-    def action_sidebar(self) -> None:
-        """Show or hide the list of chats."""
-        self.show_chat().toggle_sidebar()
-
-    def action_undo(self) -> None:
-        """Bring back the chats that were deleted last."""
-        self.show_chat().undo()
-
-    def action_models(self) -> None:
-        """Open the models."""
-        self.open_models()
-
-    def action_settings(self) -> None:
-        """Open the settings."""
-        self.open_settings()
-
-    def action_help(self) -> None:
-        """Open the help."""
-        self.open_help()
-
-    async def action_back(self) -> None:
-        """Close what is open, or let the chat go back a step."""
-        if self.screen is self.chat_screen:
-            self.chat_screen.back()
-        elif len(self.screen_stack) > 1:
-            self.pop_screen()
-
-    def action_interrupt(self) -> None:
-        """Copy what is selected; else stop the reply; else quit at the second time."""
-        selected = self._selected()
-        if selected:
-            self.copy_to_clipboard(selected)
-        elif self.chat_screen.stop():
-            self._interrupted = 0.0
-        elif time.monotonic() - self._interrupted < _AGAIN_S:
-            self._quit_soon()
-        else:
-            self._interrupted = time.monotonic()
-            self.tell("Press ctrl+c again to quit.")
-
-    def _selected(self) -> str | None:
-        focused = self.focused
-        if isinstance(focused, (TextArea, Input)) and focused.selected_text:
-            return focused.selected_text
-        return self.screen.get_selected_text()
-
-    def copy_to_clipboard(self, text: str) -> None:
-        """To the terminal's clipboard (OSC 52), and to this machine's own where there is one; says what was done."""
-        text = clean(text)
-        super().copy_to_clipboard(text)
-        from qwen2_tui.clipboard import copied
-
-        threading.Thread(target=lambda: self.call_later(self.tell, copied(text)), name="qwen2-local copies", daemon=True).start()
-
     # The palette
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
@@ -378,18 +236,15 @@ class QwenApp(App[None]):
             await asyncio.sleep(0.01)
         self.exit()
 
-    def _quit_soon(self) -> None:
-        self.run_worker(self.action_quit(), name="quit")
-
     def leave(self) -> None:
         """Keep everything, and let go of the model. For a thread. Each part for itself: what fails in one must not cost the others."""
-        parts: list[Callable[[], object]] = [self.chat_screen.leave]
+        parts: list[Callable[[], object]] = [self.chat_screen.leave, self._keep_settings]
         if self._jobs is not None:
             parts.append(self._jobs.close)
         if self._library is not None:
             parts.append(self._library.close)
         with self._context():  # widgets find their app also in this thread, and after a crash
-            for part in (*parts, self._keep_settings, self.host.close, self.store.close):
+            for part in (*parts, self.host.close, self.store.close):
                 try:
                     part()
                 except Exception:
