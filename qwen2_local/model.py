@@ -45,7 +45,7 @@ class _Engine(Protocol):
 
     def submit(self, request: Request) -> Reply: ...
 
-    def score(self, tokens: Sequence[int], limit: int) -> Scores: ...
+    def score(self, tokens: Sequence[int], limit: int, first: int) -> Scores: ...
 
     def known(self, prompt: Sequence[int]) -> int: ...
 
@@ -240,14 +240,13 @@ class Qwen2:
     def score_ids(self, tokens: Sequence[int], first: int) -> Score:
         """The same of token ids: how likely those from number `first` on are, each behind all before it. first: at least 1.
 
-        Raises InvalidPrompt where that leaves none.
+        Of those before it only what is not known is computed. Raises InvalidPrompt where none is left.
         """
         if not 1 <= first < len(tokens):
             what = f"the tokens from {first} on, of {len(tokens)}" if len(tokens) > 1 else "the text is a single token"
             raise InvalidPrompt(f"There is nothing to score: {what}.", hint="Give a longer text.")
-        scores = self._engine.score(tokens, self._limit)
-        part = slice(first - 1, None)
-        return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs[part])), bool(scores.greedy[part].all()))
+        scores = self._engine.score(tokens, self._limit, first)
+        return Score(tuple(tokens[first:]), tuple(map(float, scores.logprobs)), bool(scores.greedy.all()))
 
     def known(self, prompt: Sequence[int]) -> int:
         """How many leading tokens of a prompt would not be computed if it came now: their KV is on the device, in RAM or on the disk.

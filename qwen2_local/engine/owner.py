@@ -113,17 +113,18 @@ class Engine:
         self._send(work)
         return Reply(mailbox, self._cancel, self._require_reader)
 
-    def score(self, tokens: Sequence[int], limit: int) -> Scores:
-        """How likely each token but the first was as the one after those before it. limit: ids from here on are out of the distribution.
+    def score(self, tokens: Sequence[int], limit: int, first: int = 1) -> Scores:
+        """How likely each token from number `first` on was as the one after those before it; of these, what is known is not computed.
 
-        Raises as `submit` does, UsageError for fewer than two tokens, BackendError if the backend fails, Cancelled if the model is closed.
+        limit: ids from here on are out of the distribution. Raises as `submit` does, UsageError where there is no such token, BackendError if
+        the backend fails, Cancelled if the model is closed.
         """
         self._require_own_process()
-        if len(tokens) < 2:
+        if not 1 <= first < len(tokens):
             raise UsageError("There is nothing to score: a text of at least two tokens is needed.", hint="Give some text.")
         yarn, _ = self._room(len(tokens) - 1, 1)
         mailbox: Mailbox[Scores] = Mailbox()
-        self._send(Scoring(tokens, limit, mailbox, yarn=yarn))
+        self._send(Scoring(tokens, limit, mailbox, first=first, yarn=yarn))
         try:
             result = mailbox.take()
         except BaseException:

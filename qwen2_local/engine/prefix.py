@@ -132,7 +132,7 @@ class Prefixes:
     def _take_over(self, held: Held, work: Work, length: int) -> None:
         self._residents.remove(held)
         work.held = held
-        if length < held.length:
+        if length < held.length or not work.kept:
             self.save(held)
             self._device.trim(held, length)
         held.tokens, held.persist = work.tokens, work.persist

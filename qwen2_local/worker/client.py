@@ -89,9 +89,9 @@ class RemoteEngine:
         finally:
             reply.cancel()
 
-    def score(self, tokens: Sequence[int], limit: int) -> Scores:
-        """How likely each token but the first is, as `Engine.score`."""
-        scores = self._answer(Score(next(self._numbers), tuple(tokens), limit))
+    def score(self, tokens: Sequence[int], limit: int, first: int = 1) -> Scores:
+        """How likely each token from number `first` on is, as `Engine.score`."""
+        scores = self._answer(Score(next(self._numbers), tuple(tokens), limit, first))
         assert isinstance(scores, Scores)
         return scores
 

@@ -51,11 +51,12 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How likely is each of these tokens?"""
+    """How likely is each of these tokens from number `first` on?"""
 
     number: int
     tokens: tuple[int, ...]
     limit: int
+    first: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ class _Server:
         return self._grammars.start(plain, order.limit, order.stops)
 
     def _score(self, order: Score) -> None:
-        scores = self._require().score(order.tokens, order.limit)
+        scores = self._require().score(order.tokens, order.limit, order.first)
         self.answer(Scored(order.number, tuple(scores.logprobs.tolist()), tuple(scores.greedy.tolist())))
 
     def _forget(self, order: Forget) -> None:

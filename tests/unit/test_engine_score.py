@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from qwen2_local.engine import Token
 from qwen2_local.errors import BackendError, Cancelled, ContextOverflow, UsageError
-from tests.support.engines import Harness, end, request, tokens
+from qwen2_local.kvcache import KvCache
+from tests.support.engines import Harness, cached, end, request, tokens
 from tests.support.scripted import VOCABULARY, noise
 
 pytestmark = pytest.mark.timeout(60)
@@ -47,6 +49,39 @@ def test_a_long_text_is_scored_slice_by_slice(make: Callable[..., Harness]) -> N
     scores = harness.engine.score(text, VOCABULARY)
     assert scores.greedy.tolist() == [text[index + 1] == text[index] + 1 for index in range(899)]
     assert max(len(part) for _, part in harness.backend.steps) == 32
+
+
+@pytest.mark.parametrize("first", [1, 2, 20, 31, 32, 33, 64, 65, 140, 198, 199])
+@pytest.mark.parametrize("known", [0, 10, 64, 120, 200])
+def test_what_is_only_read_is_neither_scored_nor_computed_twice(make: Callable[..., Harness], first: int, known: int) -> None:
+    text = [number % 1000 if number % 7 else 5 for number in range(200)]
+    whole = make(step_tokens=32).engine.score(text, VOCABULARY)
+    harness = make(step_tokens=32)
+    if known:
+        harness.run(*text[:known], max_tokens=1)
+    done = len(harness.backend.steps)
+    scores = harness.engine.score(text, VOCABULARY, first)
+    assert scores.greedy.tolist() == whole.greedy.tolist()[first - 1 :]
+    assert scores.logprobs.tolist() == whole.logprobs.tolist()[first - 1 :]
+    assert sum(len(part) for _, part in harness.backend.steps[done:]) == 199 - min(first - 1, known)
+
+
+@pytest.mark.parametrize("first", [1, 310, 321])
+def test_a_score_takes_nothing_from_the_conversation_that_it_reads(make: Callable[..., Harness], first: int) -> None:
+    cache = KvCache(None)
+    harness = make(step_tokens=64, kv=cache, parallel=1)
+    said = list(range(320))
+    with harness.held():  # so that the score comes right behind the reply, before its KV was saved
+        reply = harness.engine.submit(request(*range(300), max_tokens=20))
+        harness.backend.held.acquire()
+        thread = threading.Thread(target=harness.engine.score, args=([*said, 1, 2, 3], VOCABULARY, first))
+        thread.start()
+        while not harness.engine._inbox.qsize():
+            time.sleep(0.001)
+    assert tokens(reply) == said[300:]
+    thread.join()
+    assert cached(harness.run(*said, 1, 2)) == len(said) - 1
+    cache.close()
 
 
 def test_scores_and_replies_go_side_by_side(make: Callable[..., Harness]) -> None:
