@@ -59,7 +59,8 @@ class StatusLine(Static):
         self._draw()
 
     def _draw(self, *_: object) -> None:
-        self.update(line(self.numbers, self.size.width, self.app.theme_variables))
+        # It is one line, whatever it says: nothing has to be laid out anew, which would cost as much as all the drawing of a reply.
+        self.update(line(self.numbers, self.size.width, self.app.theme_variables), layout=False)
 
 
 def line(numbers: Numbers, width: int, colours: dict[str, str] | None = None) -> Text:
