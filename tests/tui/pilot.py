@@ -101,6 +101,8 @@ async def wait_until(pilot: Pilot[Any], condition: Callable[[], object], timeout
     """Lets the app go on until `condition()`. Fails with what the screen shows."""
     until = time.monotonic() + timeout
     while not condition():
+        if pilot.app._exception is not None:
+            raise pilot.app._exception
         if time.monotonic() > until:
             raise AssertionError(f"still not so after {timeout:g} s; on the screen:\n{screen_text(pilot.app)}")
         await pilot.pause(0.01)
