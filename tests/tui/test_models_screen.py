@@ -12,8 +12,9 @@ from qwen2_local.store import Store
 from qwen2_tui.inventory import Installed, Inventory
 from qwen2_tui.jobs import Job
 from qwen2_tui.plan import Plan, read
-from qwen2_tui.screens.models import ModelList, ModelsScreen
+from qwen2_tui.screens.models import ModelsScreen
 from qwen2_tui.widgets import modelrows
+from qwen2_tui.widgets.modellist import ModelList
 from tests.support.installed import install
 from tests.tui.pilot import ScriptedJobs, make_app, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import ScriptedLoader
@@ -41,7 +42,9 @@ async def opened(pilot: Any, select: str = "") -> ModelsScreen:
     """The screen, with the line `select` selected ("size 7b", "model guide")."""
     await wait_until(pilot, lambda: pilot.app.host.state.phase == "ready")
     await pilot.press("ctrl+o")
-    await wait_until(pilot, lambda: isinstance(pilot.app.screen, ModelsScreen) and pilot.app.screen._rows)
+    await wait_until(
+        pilot, lambda: isinstance(pilot.app.screen, ModelsScreen) and pilot.app.screen.query(ModelList) and pilot.app.screen.lines.selected
+    )
     screen: ModelsScreen = pilot.app.screen
     if select:
         options = screen.query_one(ModelList)

@@ -85,6 +85,28 @@ def job_row(job: Job, width: int) -> Content:
     return _line([sign, (f"{job.name} ", "bold"), *_progress(job, width - 2 - cell_len(job.name) - 1)], width)
 
 
+def about(one: Advice, found: Inventory) -> list[str]:
+    """What there is to say of a Qwen2 before it is fetched, in lines."""
+    size = one.model.size
+    far = f", {size.yarn_context // 1024}K with YaRN" if size.yarn_context and one.model.instruct else ""
+    kind = "" if one.model.instruct else " · base: it continues texts, and does not chat"
+    head = f"{one.model.title} · {size.weights / 1e9:.2f} B parameters · {one.model.context // 1024}K context{far} · {size.licence.name}{kind}"
+    contexts = ", ".join(f"{fit.show_gb(one.memory_at(context))} at {context // 1024}K" for context in (8192, 32768))
+    verdicts = {
+        "fits": "fits this machine.",
+        "slow": "fits this machine, but reads slower than most people: a smaller one suits it better.",
+        "tight": "loads, and leaves little memory for anything else.",
+        "disk": f"fits the memory, but the disk has only {gigabytes(found.disk_free)} free.",
+        "large": "is more than this machine has.",
+    }
+    lines = [head, f"memory {contexts} context, of {found.memory.total // 10**8 / 10:.1f} GB: {one.level} {verdicts[one.verdict]}"]
+    made = "" if one.model.instruct else f": the original of {gigabytes(one.download)} is fetched, and converted to {gigabytes(one.size)}"
+    lines.append(f"disk   {gigabytes(one.disk)} while it is fetched{made}; {gigabytes(found.disk_free)} free")
+    if one.recommended:
+        lines.append("★ The largest that fits this machine and runs well: recommended.")
+    return lines
+
+
 def duration(seconds: float) -> str:
     """How long still: "2:18", "1:02:18"."""
     whole = int(seconds)
