@@ -6,7 +6,8 @@ import pytest
 from textual.app import App
 
 from qwen2_local.chat import Chat
-from qwen2_tui.screens.prompt import PromptScreen, prompt_of, texts_of
+from qwen2_tui.scoring import texts_of
+from qwen2_tui.screens.prompt import PromptScreen, prompt_of
 from qwen2_tui.widgets.tokenflow import Piece, laid
 from tests.tui.pilot import screen_text, wait_for_text
 from tests.tui.scripted import ScriptedModel, guide_tokenizer

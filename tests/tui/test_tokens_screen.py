@@ -10,7 +10,8 @@ from textual.widgets import OptionList
 
 from qwen2_local.chat import Chat
 from qwen2_local.errors import WorkerDied
-from qwen2_tui.screens.tokens import TokensScreen, alternatives, percent, scored, step, tokens_of
+from qwen2_tui.scoring import alternatives, percent, scored, step, tokens_of
+from qwen2_tui.screens.tokens import TokensScreen
 from qwen2_tui.widgets.tokenflow import Flow
 from tests.tui.pilot import screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedModel

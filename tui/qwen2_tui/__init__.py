@@ -9,6 +9,7 @@
   live       a reply on its way, read by a thread; pace: how often it is shown
   library    what is done with saved chats; jobs: fetches and verifications, as child processes
   settings   what a person chose, in a TOML file
+  scoring    tokens for people: their texts, how likely they were, what else could have come
   attach     @path; clipboard: the local one and the terminal's
   markdown/  text to blocks to lines
   screens/   one idea each: chat, models, compare, settings, help, prompt, tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,11 +16,11 @@ from textual.widgets import Footer, Static
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean
 from qwen2_tui import keys
+from qwen2_tui.scoring import texts_of
 from qwen2_tui.widgets.tokenflow import Flow, Piece
 
 if TYPE_CHECKING:
     from qwen2_local.chat import Chat
-    from qwen2_local.tokens import Tokenizer
     from qwen2_tui.model import Model
 
 
@@ -122,30 +121,3 @@ def prompt_of(model: Model, chat: Chat, turn: int) -> Prompt:
     # Of a reply that went on from a given beginning, that beginning may have been cached as well.
     then = min(message.usage.cached_tokens, len(pieces)) if message.usage else None
     return Prompt(pieces, known, then, sum(piece.mark for piece in pieces))
-
-
-def texts_of(tokenizer: Tokenizer, ids: Sequence[int], part: Callable[[bytes], str] = lambda raw: "") -> list[str]:
-    """A text for each token: control tokens by name; a character of several tokens is with its last one, the others show `part` of their bytes."""
-    marks = {number: name for name, number in tokenizer.special.items()}
-    texts: list[str] = []
-    held = b""
-    for token in ids:
-        raw = tokenizer.token_bytes(token)
-        if token in marks or not raw:
-            if held:
-                texts[-1] += "\N{REPLACEMENT CHARACTER}"
-            texts.append(marks.get(token, ""))
-            held = b""
-            continue
-        held += raw
-        try:
-            texts.append(held.decode())
-            held = b""
-        except UnicodeDecodeError as error:
-            if error.reason == "unexpected end of data":
-                texts.append(held[: error.start].decode() + part(raw[error.start - len(held) :]))
-                held = held[error.start :]
-            else:
-                texts.append(held.decode(errors="replace"))
-                held = b""
-    return texts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.style import Style
@@ -19,51 +17,12 @@ from textual.widgets.option_list import Option
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean
 from qwen2_tui import keys
-from qwen2_tui.screens.prompt import texts_of
-from qwen2_tui.widgets.tokenflow import Flow, Piece
+from qwen2_tui.scoring import STEPS, Alternative, Scored, alternatives, percent, scored, step, tokens_of, visible
+from qwen2_tui.widgets.tokenflow import Flow
 
 if TYPE_CHECKING:
     from qwen2_local.chat import Chat
     from qwen2_tui.model import Model
-
-_ALTERNATIVES = 10
-_STEPS = ((0.9, "sure"), (0.6, "likely"), (0.3, "open"), (0.1, "doubtful"), (0.0, "unlikely"))
-"""From which probability on a token is shown how."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """What could have come in a token's place. text: the reply up to there with this token; None where no reply can go on from that."""
-
-    label: str
-    probability: float
-    text: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A reply's tokens. prompt: the ids before them. texts: to show. marks: which are control tokens. probabilities: empty until they are known."""
-
-    prompt: tuple[int, ...]
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    marks: tuple[bool, ...]
-    probabilities: tuple[float, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """With the names of their styles."""
-        steps = map(step, self.probabilities) if self.probabilities else [""] * len(self.texts)
-        return tuple(Piece(text, f"{name} mark" if mark else name, mark) for text, name, mark in zip(self.texts, steps, self.marks, strict=True))
-
-    @property
-    def words(self) -> str:
-        """What is to be said of the whole."""
-        if not self.probabilities:
-            return f"{len(self.ids):,} tokens · reading their probabilities …"
-        mean = math.fsum(math.log(max(one, 1e-30)) for one in self.probabilities) / len(self.ids)
-        unlikely = sum(one < 0.5 for one in self.probabilities)
-        return f"{len(self.ids):,} tokens · {unlikely:,} of them below 50 % · perplexity {math.exp(-mean):.2f}"
 
 
 class Alternatives(OptionList):
@@ -122,7 +81,7 @@ class TokensScreen(ModalScreen[str | None]):
     def on_mount(self) -> None:
         """First the tokens, then how likely they were: both in a thread."""
         styles = self._styles()
-        parts = [(f" {name} ", styles[name]) for _, name in _STEPS]
+        parts = [(f" {name} ", styles[name]) for _, name in STEPS]
         self.query_one("#legend", Static).update(Text.assemble(*(part for one in parts for part in (one, " "))))
         flow = self.query_one(Flow)
         self.watch(flow, "selected", lambda: self._show_token())
@@ -264,64 +223,3 @@ class TokensScreen(ModalScreen[str | None]):
         selected = self.query_one(Flow).selected
         if selected is not None:
             self.dismiss(self._found[selected][event.option_index].text)
-
-
-def tokens_of(model: Model, chat: Chat, turn: int) -> Scored:
-    """The tokens of the reply `turn`, the mark that ended it included if it came to its end. Raises as `Chat.ids`."""
-    prompt, message = chat.prompt(turn), chat.messages[turn]
-    ids = chat.ids(turn)[len(prompt) :]
-    # Behind the reply's own are a mark and a newline that close the turn; the model wrote the mark alone, and only where it ended by itself.
-    closing = len(chat_close(model))
-    ids = ids[: len(ids) - closing + (1 if message.state == "whole" and message.finish_reason in (None, "stop") else 0)]
-    control = set(model.tokenizer.special.values())
-    return Scored(prompt, ids, tuple(texts_of(model.tokenizer, ids, lambda raw: "·")), tuple(token in control for token in ids))
-
-
-def chat_close(model: Model) -> list[int]:
-    """The ids that close a turn."""
-    from qwen2_local import chatml
-
-    return chatml.close_reply(model.tokenizer)
-
-
-def scored(model: Model, tokens: Scored) -> Scored:
-    """With their probabilities. The model reads the whole once more, so it takes as long as that."""
-    score = model.score_ids((*tokens.prompt, *tokens.ids), len(tokens.prompt))
-    return replace(tokens, probabilities=tuple(math.exp(min(one, 0.0)) for one in score.logprobs))
-
-
-def alternatives(model: Model, tokens: Scored, place: int) -> tuple[Alternative, ...]:
-    """The likeliest tokens in the place of that number, likeliest first."""
-    before = tokens.ids[:place]
-    stream = model.write((*tokens.prompt, *before), max_tokens=1, logprobs=_ALTERNATIVES, persist=False)
-    top = next((piece.top for piece in stream if piece.top), ())
-    begun = b"".join(map(model.tokenizer.token_bytes, before))
-    found = []
-    for token, logprob in top:
-        raw = model.tokenizer.token_bytes(token)
-        try:
-            text = (begun + raw).decode() if raw else None
-        except UnicodeDecodeError:
-            text = None
-        found.append(Alternative(clean(visible(texts_of(model.tokenizer, [token], hexadecimal)[0])), math.exp(min(logprob, 0.0)), text))
-    return tuple(found)
-
-
-def hexadecimal(raw: bytes) -> str:
-    """Bytes that are no character by themselves."""
-    return f"‹{raw.hex(' ')}›"
-
-
-def visible(text: str) -> str:
-    """A token's text with its spaces and newlines to be seen."""
-    return f"“{text}”".replace("\n", "↵").replace("\t", "⇥")
-
-
-def step(probability: float) -> str:
-    """The name of the style for a probability."""
-    return next(name for least, name in _STEPS if probability >= least)
-
-
-def percent(probability: float) -> str:
-    """ "62.1 %"; what is very small is said to be."""
-    return f"{100 * probability:.1f} %" if probability >= 0.0005 else "< 0.1 %"
