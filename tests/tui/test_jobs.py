@@ -16,7 +16,7 @@ import pytest
 
 from qwen2_converters.again import Order, remember
 from qwen2_local.store import Store
-from qwen2_tui import child
+from qwen2_tui import jobs as jobs_module
 from qwen2_tui.child import Ended
 from qwen2_tui.jobs import Job, Jobs
 from qwen2_tui.plan import Plan
@@ -33,7 +33,7 @@ SLOW = 60.0
 @pytest.fixture(autouse=True)
 def not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside other tests a child as it is would starve."""
-    monkeypatch.setattr(child, "NICE", 0)
+    monkeypatch.setattr(jobs_module, "NICE", 0)
 
 
 def big() -> bytes:
@@ -141,9 +141,9 @@ def test_a_name_is_never_an_option_and_what_goes_wrong_is_said(hub, jobs):
 
 PARENT = """
 import sys, time
-from qwen2_tui import child
+from qwen2_tui import jobs as jobs_module
 from qwen2_tui.jobs import Jobs
-child.NICE = 7
+jobs_module.NICE = 7
 jobs = Jobs()
 jobs.start(sys.argv[1])
 print(jobs._children[sys.argv[1]].pid, flush=True)
@@ -241,7 +241,7 @@ class Scripted:
 
     made: ClassVar[list[Scripted]] = []
 
-    def __init__(self, arguments, on_event=None, on_end=None):
+    def __init__(self, arguments, *, on_end, on_event, nice):
         self.arguments, self.tell, self.end, self.stopped = list(arguments), on_event, on_end, False
         self.made.append(self)
 
@@ -336,7 +336,7 @@ def test_faults_of_a_model_come_with_the_next_step(scripted):
 
 
 def test_no_process_can_be_started(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("qwen2_tui.jobs.Child", refuse)

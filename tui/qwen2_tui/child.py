@@ -1,4 +1,4 @@
-"""One command of ours in a process of its own, at a low priority: read by a thread, stopped by closing its stdin, gone when we are."""
+"""One command of ours in a process of its own: read by a thread, stopped by closing its stdin, gone when we are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from qwen2_local.sanitize import clean
-
-NICE = 15
-"""Its priority: beside a model that computes on all cores it gets about 3 % of one."""
 
 _MOST_LINES = 20
 _MOST_ANSWER = 1 << 22
@@ -36,16 +33,17 @@ class Ended:
 class Child:
     """`qwen2-local ARGUMENTS`. It keeps what it has when it is stopped, as a command does at Ctrl-C."""
 
-    def __init__(
-        self, arguments: Sequence[str], on_event: OnEvent = lambda event: None, on_end: Callable[[Ended], None] = lambda ended: None
-    ) -> None:
-        """on_event: gets what it tells with `--events`, on_end: how it ended; both in a thread. Raises OSError where none can be started."""
+    def __init__(self, arguments: Sequence[str], *, on_end: Callable[[Ended], None], on_event: OnEvent = lambda event: None, nice: int = 0) -> None:
+        """on_end: gets how it ended, on_event: what it tells with `--events`; both in a thread. nice: how far it steps back behind others.
+
+        Raises OSError where none can be started.
+        """
         self._on_event, self._on_end = on_event, on_end
         self._answer: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (a pipe that nobody reads meanwhile would fill up)
         try:
             # A session of its own: a Ctrl-C in the terminal is not for it, and Linux weighs sessions against each other.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "qwen2_local.cli.child", str(NICE), *arguments],
+                [sys.executable, "-P", "-m", "qwen2_local.cli.child", str(nice), *arguments],
                 stdin=subprocess.PIPE, stdout=self._answer, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError:

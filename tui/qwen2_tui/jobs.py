@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from qwen2_local.errors import Qwen2LocalError
@@ -18,6 +19,9 @@ from qwen2_local.sanitize import clean_line
 from qwen2_local.store import Store
 from qwen2_tui.child import Child, Ended
 from qwen2_tui.plan import Plan, look_up
+
+NICE = 15
+"""Behind a model that computes on all cores, a job gets about 3 % of one; else all there is."""
 
 _TELL_EVERY_S = 0.5
 _CLOSE_S = 1.0
@@ -156,7 +160,7 @@ class Jobs:
                 return
             self._ending.pop(name, None)
             try:
-                child = Child(arguments, lambda event: self._event(name, event), lambda ended: self._ended(name, ended))
+                child = Child(arguments, on_event=partial(self._event, name), on_end=partial(self._ended, name), nice=NICE)
             except OSError as error:
                 job = replace(job, state="failed", words=clean_line(f"No process can be started: {error.strerror}."))
             else:

@@ -24,11 +24,13 @@ from qwen2_tui.screens.details import DetailsScreen
 from qwen2_tui.screens.plan import PlanScreen
 from qwen2_tui.widgets.dialogs import Ask, Confirm
 from qwen2_tui.widgets.modellist import ModelList, Row
-from qwen2_tui.widgets.modelrows import about
+from qwen2_tui.widgets.modelrows import MIDDLE, about
 from qwen2_tui.widgets.topline import TopLine
 
 if TYPE_CHECKING:
     from qwen2_tui.app import QwenApp
+
+_SHORT = 26
 
 
 class ModelsScreen(Screen[None]):
@@ -38,6 +40,7 @@ class ModelsScreen(Screen[None]):
     ModelsScreen {
         #machine { height: 1; padding: 0 2; color: $text-muted; }
         #about { height: auto; min-height: 3; max-height: 9; padding: 0 2; border-top: solid $border-blurred; }
+        &.-short #about { max-height: 5; }
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -94,12 +97,14 @@ class ModelsScreen(Screen[None]):
     def _found(self, found: Inventory) -> None:
         if not self.is_attached:
             return
-        memory = f"{found.memory.total // 10**8 / 10:.1f} GB of memory, {found.memory.available // 10**8 / 10:.1f} free"
-        self.query_one("#machine", Static).update(f"This machine: {memory} · {gigabytes(found.disk_free)} of disk free")
         self._fill(found)
 
     def _fill(self, found: Inventory | None) -> None:
+        self.set_class(self.size.height < _SHORT, "-short")
         if found is not None:
+            whose = "This machine: " if self.size.width >= MIDDLE else ""
+            memory = f"{found.memory.total // 10**8 / 10:.1f} GB of memory, {found.memory.available // 10**8 / 10:.1f} free"
+            self.query_one("#machine", Static).update(f"{whose}{memory} · disk {gigabytes(found.disk_free)} free")
             self.lines.show(found, self.qwen.jobs.jobs, self._used(found))
             self._describe()
 

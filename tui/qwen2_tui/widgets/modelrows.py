@@ -93,7 +93,7 @@ def about(one: Advice, found: Inventory) -> list[str]:
     head = f"{one.model.title} · {size.weights / 1e9:.2f} B parameters · {one.model.context // 1024}K context{far} · {size.licence.name}{kind}"
     contexts = ", ".join(f"{fit.show_gb(one.memory_at(context))} at {context // 1024}K" for context in (8192, 32768))
     verdicts = {
-        "fits": "fits this machine.",
+        "fits": "fits this machine." if not one.recommended else "runs well here: recommended.",
         "slow": "fits this machine, but reads slower than most people: a smaller one suits it better.",
         "tight": "loads, and leaves little memory for anything else.",
         "disk": f"fits the memory, but the disk has only {gigabytes(found.disk_free)} free.",
@@ -102,8 +102,6 @@ def about(one: Advice, found: Inventory) -> list[str]:
     lines = [head, f"memory {contexts} context, of {found.memory.total // 10**8 / 10:.1f} GB: {one.level} {verdicts[one.verdict]}"]
     made = "" if one.model.instruct else f": the original of {gigabytes(one.download)} is fetched, and converted to {gigabytes(one.size)}"
     lines.append(f"disk   {gigabytes(one.disk)} while it is fetched{made}; {gigabytes(found.disk_free)} free")
-    if one.recommended:
-        lines.append("★ The largest that fits this machine and runs well: recommended.")
     return lines
 
 
