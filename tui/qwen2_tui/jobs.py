@@ -20,8 +20,8 @@ from qwen2_local.store import Store
 from qwen2_tui.child import Child, Ended
 from qwen2_tui.plan import Plan, look_up
 
-NICE = 15
-"""Behind a model that computes on all cores, a job gets about 3 % of one; else all there is."""
+NICE = 12
+"""Behind a model that computes on all cores, a job gets about 6 % of one; else all there is."""
 
 _TELL_EVERY_S = 0.5
 _CLOSE_S = 1.0
