@@ -66,6 +66,15 @@ def notices(app: Any) -> list[str]:
     return [one.message for one in app._notifications]
 
 
+async def on_turn(pilot: Pilot[Any], index: int, *keys: str) -> None:
+    """Presses keys on a turn, counted as in a list."""
+    transcript = pilot.app.chat_screen.transcript
+    transcript.focus()
+    await pilot.pause()
+    transcript.selected = range(len(transcript.turns))[index]
+    await pilot.press(*keys)
+
+
 # Send and stop
 
 
@@ -98,7 +107,7 @@ async def test_a_reply_stopped_before_its_first_letter_leaves_the_question():
         await pilot.press("escape")
         await wait_until(pilot, lambda: idle(app))
         assert shown(app) == texts(app) == ["Hello?"]
-        await pilot.press("tab", "r")
+        await on_turn(pilot, 0, "r")
         await wait_until(pilot, lambda: shown(app) == ["Hello?", "ok"])
 
 
@@ -128,7 +137,7 @@ async def test_the_meter_counts_what_is_being_written():
 
 async def test_any_reply_can_be_written_anew_and_the_branches_walked():
     async with chatting("one", "two", "another", questions=2) as (pilot, app):
-        await pilot.press("tab", "up", "up", "r")
+        await on_turn(pilot, 1, "r")
         await wait_until(pilot, lambda: idle(app) and shown(app) == ["question 1", "another"])
         await wait_for_text(pilot, "2/2")
         await pilot.press("left")
@@ -143,7 +152,7 @@ async def test_a_question_is_edited_and_the_draft_waits():
     async with chatting("one", "two", "three", questions=2) as (pilot, app):
         screen = app.chat_screen
         await pilot.press(*"draft")
-        await pilot.press("tab", "up", "up", "up", "e")
+        await on_turn(pilot, 0, "e")
         assert screen.composer.has_focus and screen.composer.text == "question 1"
         await pilot.press("!", "enter")
         await wait_until(pilot, lambda: idle(app) and shown(app) == ["question 1!", "three"])
@@ -154,7 +163,7 @@ async def test_a_question_is_edited_and_the_draft_waits():
 async def test_an_edit_is_given_up_with_escape():
     async with chatting("one", questions=1) as (pilot, app):
         await pilot.press(*"draft")
-        await pilot.press("tab", "up", "e")
+        await on_turn(pilot, 0, "e")
         await pilot.press(*" nonsense")
         await pilot.press("escape")
         assert app.chat_screen.composer.text == "draft" and shown(app) == ["question 1", "one"]
@@ -163,7 +172,7 @@ async def test_an_edit_is_given_up_with_escape():
 
 async def test_a_reply_is_edited_and_the_model_goes_on():
     async with chatting("one two", " and so on", questions=1) as (pilot, app):
-        await pilot.press("tab", "e")
+        await on_turn(pilot, 1, "e")
         assert app.chat_screen.composer.text == "one two"
         app.chat_screen.composer.write("One, then")
         await pilot.press("enter")
@@ -180,21 +189,21 @@ async def test_a_stopped_reply_goes_on_as_one_turn():
         await wait_until(pilot, lambda: idle(app))
         await wait_for_text(pilot, "stopped · c continues")
         stopped = texts(app)[-1]
-        await pilot.press("tab", "c")
+        await on_turn(pilot, -1, "c")
         await wait_until(pilot, lambda: idle(app) and texts(app)[-1] == stopped + " four" == shown(app)[-1])
         assert app.chat_screen.chat.places()[-1] == (1, 1)
 
 
 async def test_the_same_reply_again_is_explained():
     async with chatting("one", "one", questions=1) as (pilot, app):
-        await pilot.press("tab", "r")
+        await on_turn(pilot, -1, "r")
         await wait_until(pilot, lambda: any("The same reply again" in one for one in notices(app)))
 
 
 async def test_a_fixed_seed_is_another_one_for_another_reply():
     async with chatting("one", "two", questions=1) as (pilot, app):
         app.chat_screen.change_chat(app.chat_screen.chat_settings.__class__(seed=7))
-        await pilot.press("tab", "r")
+        await on_turn(pilot, -1, "r")
         await wait_until(pilot, lambda: idle(app) and len(app.scripted.options) == 2)
         assert app.scripted.options[1]["seed"] == 8
 
@@ -203,9 +212,8 @@ async def test_copying_gives_what_was_written(monkeypatch: pytest.MonkeyPatch):
     async with chatting("Say:\n\n```python\nprint(1)\n```\n", questions=1) as (pilot, app):
         copied: list[str] = []
         monkeypatch.setattr(app, "copy_to_clipboard", copied.append)
-        await pilot.press("tab", "y")
-        await pilot.press("n", "y")
-        await pilot.press("up", "y")
+        await on_turn(pilot, 1, "y", "n", "y")
+        await on_turn(pilot, 0, "y")
         assert copied == ["Say:\n\n```python\nprint(1)\n```\n", "print(1)", "question 1"]
 
 
@@ -213,7 +221,7 @@ async def test_nothing_is_done_with_turns_while_a_reply_is_written():
     async with chatting("one", Say("two three", hold=1), questions=1) as (pilot, app):
         await ask(pilot, "More.")
         await wait_until(pilot, lambda: len(app.scripted.prompts) == 2)
-        await pilot.press("tab", "up", "up", "r")
+        await on_turn(pilot, 1, "r")
         assert app.chat_screen.busy and len(app.scripted.prompts) == 2
         await pilot.press("escape")
         await wait_until(pilot, lambda: idle(app))
@@ -304,8 +312,8 @@ async def test_shorten_leaves_out_the_oldest_and_says_so():
         await wait_until(pilot, lambda: "does not fit" not in words(app))
         await pilot.press("enter")
         await wait_until(pilot, lambda: idle(app) and texts(app)[-1] == "short")
-        assert app.chat_screen.chat.left_out == 2
-        await wait_for_text(pilot, "written without the 2 oldest messages")
+        assert app.chat_screen.chat.left_out == 4
+        await wait_for_text(pilot, "written without the 4 oldest messages")
 
 
 async def test_a_new_chat_takes_the_message_along():
@@ -407,7 +415,7 @@ async def test_a_chat_is_there_before_its_model(store: ChatStore):
     async with app.run_test(size=(100, 30)) as pilot:
         await wait_until(pilot, lambda: shown(app) == ["hello", "one"])
         assert app.chat_screen.chat is None
-        await pilot.press("tab", "r")
+        await on_turn(pilot, -1, "r")
         assert notices(app) == ["The model is not there yet."]
         loader.go.release()
         await wait_until(pilot, lambda: idle(app))
@@ -482,7 +490,7 @@ async def test_an_edit_keeps_the_file_as_it_was(tmp_path: Path, monkeypatch: pyt
     async with chatting("one", "two") as (pilot, app):
         await asked(pilot, "Sum up @notes.txt")
         (tmp_path / "notes.txt").write_text("as it is now")
-        await pilot.press("tab", "up", "e")
+        await on_turn(pilot, 0, "e")
         assert app.chat_screen.composer.text == "Sum up @notes.txt"
         await pilot.press("!", "enter")
         await wait_until(pilot, lambda: idle(app) and texts(app)[-1] == "two")

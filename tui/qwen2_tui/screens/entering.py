@@ -37,6 +37,7 @@ class Entering:
         self._screen = screen
         self._turn = 0
         self._broken: int | None = None
+        self._lost = False
 
     def begin(self) -> None:
         """With the chat that was asked for, or an empty one."""
@@ -151,11 +152,13 @@ class Entering:
         """Takes the host's model for the conversation, as soon as there is one and nothing is under way."""
         screen = self._screen
         model, session = screen.qwen.host.model, screen.session
-        if screen.qwen.host.state.phase != "ready" or model is None or session.running:
+        if screen.qwen.host.state.phase != "ready" or model is None:
+            self._lost = True
+            return
+        if session.running:
             return
         if session.conversation.model is model:
-            crashed = screen.offers.offer is not None and screen.offers.offer.kind == "crash"
-            (self._taken if crashed else self._used)(session)
+            (self._taken if self._lost else self._used)(session)
         else:
             system = screen.chat_settings.system
             screen.run_worker(partial(self._take, session, model, system), thread=True, group="use", exclusive=True)
@@ -174,6 +177,7 @@ class Entering:
         """The model is there for a conversation that was just opened, or that had another, or one that died."""
         screen = self._screen
         if session is screen.session:
+            self._lost = False
             screen.offers.hide("crash", "failed", "context")
             self._offer_broken()
         self._used(session)
