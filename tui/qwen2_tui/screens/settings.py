@@ -36,7 +36,9 @@ _WORDS = {
     "chat": "How replies are asked for in this chat. An empty value is the model's own.",
     "new": "What every new chat begins with, and every chat has that has nothing else.",
     "model": "Which model, and how it is loaded. When one of these changes, the model is loaded anew.",
+    "presets": "Settings of a chat under a name. Enter shows what can be done with one.",
     "look": "How the app looks.",
+    "keys": "Enter asks for other keys, which hold at once. A dot marks those that are not the usual ones.",
 }
 
 
@@ -47,7 +49,7 @@ class SettingsScreen(Screen[None]):
     SettingsScreen {
         Tabs { dock: top; margin-top: 1; }
         ContentSwitcher { height: 1fr; }
-        .section { height: 1fr; padding: 1 2 0 2; }
+        .section { height: 1fr; padding: 1 2 0 2; scrollbar-size-vertical: 1; }
         .section > .words { color: $text-muted; margin-bottom: 1; }
         #state { height: 1; padding: 0 2; color: $text-muted; &.-edited { color: $text-warning; } }
     }
@@ -98,8 +100,7 @@ class SettingsScreen(Screen[None]):
         return contents
 
     def _contents(self, name: str) -> Iterable[Widget]:
-        if name in _WORDS:
-            yield Static(_WORDS[name], classes="words", markup=False)
+        yield Static(_WORDS[name], classes="words", markup=False)
         match name:
             case "chat":
                 yield from self._chat_rows(self.qwen.chat_screen.chat_settings, base=self.qwen.settings.chat)

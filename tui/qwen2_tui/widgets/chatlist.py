@@ -48,9 +48,8 @@ class ChatList(ScrollView, can_focus=True):
         & > .chats--open { color: $text-primary; text-style: bold; }
         & > .chats--muted { color: $text-muted; }
         & > .chats--found { color: $text-warning; text-style: bold; }
-        & > .chats--cursor { background: $block-cursor-blurred-background; }
-        & > .chats--hover { background: $block-hover-background; }
-        &:focus > .chats--cursor { background: $block-cursor-background; color: $block-cursor-foreground; text-style: $block-cursor-text-style; }
+        & > .chats--hover { background: $panel; }
+        & > .chats--cursor { background: $block-cursor-background; color: $block-cursor-foreground; text-style: $block-cursor-text-style; }
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -138,9 +137,9 @@ class ChatList(ScrollView, can_focus=True):
             return Strip([Segment(set_cell_size(f" {words}", width), self._style("chats--muted"))]).apply_style(self.rich_style)
         row = self.rows[place]
         strip = self._excerpt(row, width) if part else self._title(row, width)
-        if place == self.cursor and (self.has_focus or self.words):
-            strip = strip.apply_style(self._style("chats--cursor"))
-        elif place == self.hovered:
+        if place == self.cursor and self.has_focus:
+            strip = Strip([Segment(strip.text)]).apply_style(self._style("chats--cursor"))  # one colour: others might not be read on it
+        elif place == self.hovered or (place == self.cursor and self.words):
             strip = strip.apply_style(self._style("chats--hover"))
         return strip.apply_style(self.rich_style)
 

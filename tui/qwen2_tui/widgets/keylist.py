@@ -28,7 +28,7 @@ _PEOPLES = {"esc": "escape", "page up": "pageup", "page down": "pagedown", "retu
 class KeyList(OptionList):
     """A row for each; enter asks for other keys, which hold at once."""
 
-    DEFAULT_CSS = "KeyList { height: 1fr; border: none; padding: 0; &:focus { border: none; } }"
+    DEFAULT_CSS = "KeyList { height: 1fr; border: none; padding: 0; background: $background; &:focus { border: none; } }"
 
     def __init__(self) -> None:
         super().__init__(markup=False)

@@ -25,7 +25,7 @@ _KEEP = "keep"
 class Presets(OptionList):
     """A row for each; enter asks what to do with it, which is done at once."""
 
-    DEFAULT_CSS = "Presets { height: 1fr; border: none; padding: 0; &:focus { border: none; } }"
+    DEFAULT_CSS = "Presets { height: 1fr; border: none; padding: 0; background: $background; &:focus { border: none; } }"
 
     def __init__(self) -> None:
         super().__init__(markup=False)

@@ -48,7 +48,7 @@ class Sidebar(Vertical):
         width: 30; height: 1fr; border-right: solid $surface-lighten-1; display: none;
         &.-shown, &.-drawer { display: block; }
         &.-drawer { overlay: screen; position: absolute; width: 40; max-width: 90%; background: $surface; border-right: outer $primary; }
-        #search { margin: 0 1; background: $boost; }
+        #search { padding: 0 1; background: $boost; }
         #temporary { display: none; color: $text-warning; text-style: italic; }
         #temporary.-shown { display: block; }
         #new { height: 1; }
