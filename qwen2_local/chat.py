@@ -17,42 +17,33 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, Self, Unpack, get_args
+from itertools import chain
+from typing import TYPE_CHECKING, Protocol, Self, Unpack, get_args
 
 from qwen2_local import chatml, kvcache, paths
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore, deletion, path_to
 from qwen2_local.chats.records import title_of
-from qwen2_local.errors import ContextOverflow, InvalidPrompt, Qwen2LocalError, UsageError
+from qwen2_local.errors import InvalidPrompt, Qwen2LocalError, UsageError
 from qwen2_local.options import Options, settle
-from qwen2_local.tokens import Tokenizer, require_text
-from qwen2_local.types import Completion, Message, Piece, Role, Sampling
+from qwen2_local.tokens import require_text
+from qwen2_local.turns import Overflow, Reader, Turns, ids_of, left_out
+from qwen2_local.types import Completion, Piece, Role, Sampling
 
 if TYPE_CHECKING:
     from qwen2_local.aio import AsyncStream, Readable
 
-Overflow = Literal["error", "drop_oldest", "keep_ends"]
-"""What to do when a conversation outgrows the context. error: raise ContextOverflow. drop_oldest: the model no longer sees the oldest turns
-after the system message. keep_ends: it still sees the first turn, and the latest. `Chat.left_out` counts what it does not see."""
+__all__ = ["Chat", "ChatModel", "Overflow", "Reply"]
 
 _SAVE_EVERY_S = 1.0
-_RESERVE = 512
-_HIDDEN = 64
-_ENDLESS = 1 << 62
 
 
-class ChatModel(Protocol):
+class ChatModel(Reader, Protocol):
     """What a chat needs of a model; `Qwen2` says what each is."""
 
     name: str
 
     @property
-    def tokenizer(self) -> Tokenizer: ...  # noqa: D102
-    @property
-    def default_system(self) -> str | None: ...  # noqa: D102
-    @property
     def sampling(self) -> Sampling: ...  # noqa: D102
-    @property
-    def longest(self) -> int: ...  # noqa: D102
     def write(self, prompt: Sequence[int], **options: Unpack[Options]) -> Readable: ...  # noqa: D102
     def forget(self, chunks: Iterable[str]) -> None: ...  # noqa: D102
 
@@ -137,7 +128,7 @@ class Reply:
 
     def _grown(self, text: str, tokens: tuple[int, ...]) -> ChatMessage:
         whole = self._before[0] + text
-        return replace(self._message, text=whole, tokens=_ids_of(self._chat.model.tokenizer, (*self._before[1], *tokens), whole))
+        return replace(self._message, text=whole, tokens=ids_of(self._chat.model.tokenizer, (*self._before[1], *tokens), whole))
 
     def _end(self, *, broken: bool = False) -> None:
         """broken: it ended with an error, not because somebody stopped it."""
@@ -164,14 +155,6 @@ class Reply:
             self._chat._keep_chunks(chunks)
 
 
-class _Ids(NamedTuple):
-    """The ids of a message as a turn. text, tokens: of the message as it was, by identity: it may have grown meanwhile."""
-
-    text: str
-    tokens: tuple[int, ...]
-    ids: list[int]
-
-
 class Chat:
     """A conversation. Not saved unless asked for: `save`, or a chat of a store. One reply at a time; use it from one thread, or with care.
 
@@ -186,7 +169,7 @@ class Chat:
         """
         if overflow not in get_args(Overflow):
             raise UsageError(f"overflow is {overflow!r}.", hint=f"It may be {', '.join(get_args(Overflow))}.")
-        self.model = model
+        self._model = model
         self.overflow: Overflow = overflow
         self.unsaved = ""
         """Why a chat that is to be saved is not, on a full disk say; "" where all is well. The next turn tries again."""
@@ -199,7 +182,7 @@ class Chat:
         self._behind: dict[int, bool] = {}
         self._moved = False
         self._chunks: list[str] = []
-        self._ids: dict[int, _Ids] = {}
+        self._turns = Turns(model)
         self._current: Callable[[], Reply | None] = lambda: None
         # Held while messages and tip change together: a reply is kept by the thread that reads it, and others look meanwhile.
         self._changing = threading.RLock()
@@ -221,6 +204,11 @@ class Chat:
     # What is there
 
     @property
+    def model(self) -> ChatModel:
+        """The model that replies."""
+        return self._model
+
+    @property
     def number(self) -> int | None:
         """The number under which it is saved, or None."""
         return self._number
@@ -234,14 +222,15 @@ class Chat:
     @property
     def left_out(self) -> int:
         """How many messages the model did not see when it wrote its last reply, by the policy `overflow`."""
-        return _left_out(self.messages)
+        return left_out(self.messages)
 
     @property
     def title(self) -> str:
         """Its title: given by `rename`, or from the first question."""
         if self._number is not None and self._store is not None:
             return self._store.summary(self._number).title
-        return next((title_of(one.text) for one in self._messages.values() if one.role == "user"), "")
+        with self._changing:
+            return next((title_of(one.text) for one in self._messages.values() if one.role == "user"), "")
 
     def branches(self, turn: int) -> tuple[ChatMessage, ...]:
         """The message `turn` and its alternatives, oldest first: other wordings of a question, other replies to the same."""
@@ -270,7 +259,7 @@ class Chat:
             if before and before[-1].role == "user":  # it makes way, as in `stream`
                 before.pop()
             before.append(ChatMessage("user", text))
-        return _count(self._seen(before, opening)[0]) + opening
+        return sum(map(len, self._turns.seen(before, self.overflow, opening)[0])) + opening
 
     def room(self) -> int:
         """How many tokens the context still holds: for the next question and its reply together. Below 0 where it is too full already."""
@@ -280,15 +269,18 @@ class Chat:
         """The ids that the model read before it wrote the reply `turn`; for any other message, those of a reply that would be written to it."""
         *before, message = self._up_to(turn)
         opening = chatml.open_reply(self.model.tokenizer)
-        turns = self._saw(message, before) if message.role == "assistant" else self._seen([*before, message], len(opening))[0]
-        return (*_joined(turns), *opening)
+        if message.role == "assistant":
+            turns = self._turns.saw(message, before, self.overflow)
+        else:
+            turns, _ = self._turns.seen([*before, message], self.overflow, len(opening))
+        return (*chain.from_iterable(turns), *opening)
 
     def ids(self, turn: int = -1) -> tuple[int, ...]:
         """All ids up to the end of message `turn`, its closing mark and newline included. Those of a reply begin with `prompt(turn)`."""
         message, before, tokenizer = self._at(turn), self.prompt(turn), self.model.tokenizer
         if message.role != "assistant":
             return before[: -len(chatml.open_reply(tokenizer))]
-        return (*before, *(self._own_ids(message) or tokenizer.encode(message.text)), *chatml.close_reply(tokenizer))
+        return (*before, *self._turns.reply(message), *chatml.close_reply(tokenizer))
 
     # To write. options: see `options.Options`; those of `stream` and its like take `progress` and `schema`, too.
 
@@ -407,7 +399,7 @@ class Chat:
         if self._chunks:
             self.model.forget(self._chunks)
         self._store, self._number, self._tip, self.unsaved = None, None, None, ""
-        self._messages, self._ids, self._chunks, self._behind, self._moved = {}, {}, [], {}, False
+        self._messages, self._turns, self._chunks, self._behind, self._moved = {}, Turns(self.model), [], {}, False
 
     # Inside
 
@@ -451,94 +443,18 @@ class Chat:
         opening = chatml.open_reply(tokenizer)
         asked = message.role == "user"
         if not asked:
-            message = self._begun(message)
+            message = self._turns.begun(message)
             opening += message.tokens
-        prompt, left_out = self._prompt(path_to(self._messages, message.parent) + ([message] if asked else []), opening, wish.max_tokens)
+        before = path_to(self._messages, message.parent) + ([message] if asked else [])
+        prompt, unseen = self._turns.prompt(before, self.overflow, opening, wish.max_tokens)
         if asked:
             number = self._keep(message, final=True).id
             message = ChatMessage("assistant", "", parent=number)
-        message = replace(message, model=self.model.name, tokenizer=tokenizer.identity, sampling=wish.sampling, left_out=left_out)
+        message = replace(message, model=self.model.name, tokenizer=tokenizer.identity, sampling=wish.sampling, left_out=unseen)
         options["persist"] = wish.persist and self._saved
         reply = Reply(self, self.model.write(prompt, **options), message)
         self._current = weakref.ref(reply)
         return reply
-
-    def _prompt(self, before: Sequence[ChatMessage], opening: list[int], max_tokens: int | None) -> tuple[list[int], int]:
-        """The ids for a reply behind the messages `before`, and how many of these are left out. Raises ContextOverflow."""
-        turns, left_out = self._seen(before, len(opening), max_tokens)
-        prompt = _joined(turns) + opening
-        if len(prompt) >= self.model.longest:
-            hint = "Start a new chat, `branch` from an earlier turn, load the model with a larger context, or name a policy: see `Chat.overflow`."
-            if self.overflow != "error":
-                hint = "Ask something shorter, or load the model with a larger context."
-            what = f"The conversation has {len(prompt):,} tokens, but the context holds {self.model.longest:,}, prompt and reply together."
-            raise ContextOverflow(what, hint=hint)
-        return prompt, left_out
-
-    def _seen(self, before: Sequence[ChatMessage], opening: int, max_tokens: int | None = None) -> tuple[list[list[int]], int]:
-        """The ids of those of the messages `before` that the model sees when it replies to them, and how many it does not."""
-        system, exchanges = self._exchanges(before)
-        if self.overflow == "error":
-            return _flat(system, exchanges), 0
-        exchanges, left_out = _shortened(exchanges, self.overflow, _left_out(before), self._room(max_tokens) - _count(system) - opening)
-        return _flat(system, exchanges), left_out
-
-    def _saw(self, reply: ChatMessage, before: Sequence[ChatMessage]) -> list[list[int]]:
-        """The ids of those of the messages `before` that the model saw when it wrote `reply`."""
-        system, exchanges = self._exchanges(before)
-        return _flat(system, _shortened(exchanges, self.overflow, reply.left_out, _ENDLESS)[0])
-
-    def _exchanges(self, before: Sequence[ChatMessage]) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """The ids of the system message, if there is one, and of whole exchanges: a question and what came of it."""
-        system: list[list[int]] = []
-        if before and before[0].role == "system":
-            system, before = [self._turn(before[0])], before[1:]
-        elif self.model.default_system is not None:
-            system = [chatml.turn(self.model.tokenizer, Message("system", self.model.default_system))]
-        exchanges: list[list[list[int]]] = []
-        for message in before:
-            if message.role == "user" or not exchanges:
-                exchanges.append([])
-            exchanges[-1].append(self._turn(message))
-        return system, exchanges
-
-    def _room(self, max_tokens: int | None) -> int:
-        """Tokens for the prompt, where a policy keeps some free for the reply."""
-        return self.model.longest - min(max_tokens or _RESERVE, self.model.longest // 2)
-
-    def _turn(self, message: ChatMessage) -> list[int]:
-        """The ids of a message that is followed by others."""
-        known = self._ids.get(message.id) if message.id else None
-        if known is not None and known.text is message.text and known.tokens is message.tokens:
-            return known.ids
-        tokenizer = self.model.tokenizer
-        own = self._own_ids(message)
-        if own is not None:
-            ids = [*chatml.open_reply(tokenizer), *own, *chatml.close_reply(tokenizer)]
-        else:
-            ids = chatml.turn(tokenizer, Message(message.role, message.text))
-        if message.id:
-            self._ids[message.id] = _Ids(message.text, message.tokens, ids)
-        return ids
-
-    def _begun(self, reply: ChatMessage) -> ChatMessage:
-        """A reply that is to go on, with its ids; without the half character that it was cut in, as the model writes that again."""
-        tokenizer = self.model.tokenizer
-        tokens = self._own_ids(reply)
-        if not tokens:
-            return replace(reply, tokens=tuple(tokenizer.encode(reply.text)))
-        text = reply.text
-        while tokens and text.endswith("\N{REPLACEMENT CHARACTER}"):
-            tokens = tokens[:-1]
-            text = tokenizer.decode(tokens)
-        return replace(reply, text=text, tokens=tokens)
-
-    def _own_ids(self, message: ChatMessage) -> tuple[int, ...] | None:
-        """A reply's ids, if they mean its text to this model: the file of a stranger may say anything."""
-        tokenizer = self.model.tokenizer
-        if not message.tokens or message.tokenizer != tokenizer.identity:
-            return None
-        return message.tokens if _ids_of(tokenizer, message.tokens, message.text) == message.tokens else None
 
     # Keeping
 
@@ -624,7 +540,7 @@ class Chat:
         with self._changing:
             messages = [replace(one, id=new(one.id) or 0, parent=new(one.parent)) for one in self._messages.values()]
             self._messages = {message.id: message for message in messages}
-            self._ids = {numbers.get(number, number): ids for number, ids in self._ids.items()}
+            self._turns.renumber(numbers)
             self._tip = new(self._tip)
 
 
@@ -650,51 +566,3 @@ def _question(text: str, parent: int | None) -> ChatMessage:
     if not text.strip():
         raise InvalidPrompt("The message is empty.", hint="Give some text.")
     return ChatMessage("user", text, parent=parent, created=time.time())
-
-
-def _ids_of(tokenizer: Tokenizer, tokens: tuple[int, ...], text: str) -> tuple[int, ...]:
-    """The ids of `tokens` that give exactly `text`; none if there are no such. The last ones may have been hidden: of a stop string, say."""
-    pieces = [tokenizer.token_bytes(token) for token in tokens]
-    for length in range(len(tokens), max(-1, len(tokens) - _HIDDEN), -1):
-        # A control token has no bytes, and no place in a text.
-        if all(pieces[:length]) and b"".join(pieces[:length]).decode(errors="replace") == text:
-            return tokens[:length]
-    return ()
-
-
-def _left_out(messages: Sequence[ChatMessage]) -> int:
-    return next((one.left_out for one in reversed(messages) if one.role == "assistant"), 0)
-
-
-def _count(turns: list[list[int]]) -> int:
-    return sum(map(len, turns))
-
-
-def _flat(system: list[list[int]], exchanges: list[list[list[int]]]) -> list[list[int]]:
-    return [*system, *(turn for exchange in exchanges for turn in exchange)]
-
-
-def _joined(turns: list[list[int]]) -> list[int]:
-    return [token for turn in turns for token in turn]
-
-
-def _shortened(exchanges: list[list[list[int]]], policy: Overflow, before: int, room: int) -> tuple[list[list[list[int]]], int]:
-    """The exchanges that the model sees, and how many messages it does not.
-
-    What was left out before stays so, and once there is no room any more, a quarter becomes free at once: the prompt's beginning
-    stays the same over many turns, and need not be computed anew for each.
-    """
-    head, rest = (exchanges[:1], exchanges[1:]) if policy == "keep_ends" and len(exchanges) > 1 else ([], exchanges)
-    left_out = 0
-
-    def drop_while(going_on: Callable[[], bool]) -> None:
-        nonlocal left_out
-        while len(rest) > 1 and going_on():
-            left_out += len(rest.pop(0))
-
-    rest = list(rest)
-    drop_while(lambda: left_out < before)
-    total = sum(map(_count, (*head, *rest)))
-    if total > room:
-        drop_while(lambda: sum(map(_count, (*head, *rest))) > room * 3 // 4)
-    return [*head, *rest], left_out

@@ -722,7 +722,7 @@ def test_more_than_the_context_is_counted_without_an_error() -> None:
     chat = Chat(model)
     assert chat.count("x" * 100) > 40
     chat.send("x")
-    chat.model = ScriptedModel(longest=5)  # one with a smaller context goes on
+    model.longest = 5  # as that of another model, with which the chat goes on
     assert chat.room() < 0
     assert len(chat.ids()) > 5
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("adapter", "loading"),
     ("worker", "doctor"),
     ("options", "stream", "many", "aio"),
-    ("chat", "model"),
+    ("turns", "chat", "model"),
     ("cli", "qwen2_tui"),
 )
 LIBRARIES = {"click", "httpx2", "huggingface_hub", "llama_cpp", "llguidance", "markdown_it", "mlx", "numpy", "platformdirs"}
