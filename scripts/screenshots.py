@@ -44,6 +44,9 @@ async def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with scenes.still():
         await shot("welcome", make_app(), scenes.welcome)
+        _fresh()
+        with scenes.figures("writing"):
+            await shot("writing", scenes.app(), scenes.writing)
         for name in SHOTS:
             _fresh()
             await shot(name, scenes.app(), scenes.SCENES[name])

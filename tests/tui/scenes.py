@@ -73,6 +73,11 @@ def still() -> Iterator[None]:
         yield
 
 
+def figures(phase: Any) -> Any:
+    """A context in which every reply has the same: those of real ones are never twice the same."""
+    return mock.patch("qwen2_tui.live.LiveReply.progress", return_value=Progress(phase, 1892, 1892, 1792, 88, 38.2, 0.3))
+
+
 def conversation(question: str, *replies: str) -> tuple[ChatMessage, ...]:
     """A question with alternative replies, the last of which is shown."""
     asked = ChatMessage("user", question, id=1, created=NOW - 600)
@@ -117,6 +122,15 @@ async def chat(pilot: Pilot[Any], title: str = "Rivers of Laos", text: str = "Xa
     await wait_for_text(pilot, "32,768")
 
 
+async def writing(pilot: Pilot[Any]) -> None:
+    """In the middle of a reply; to be looked at with `figures`."""
+    pilot.app.scripted.says = [Say(RIVERS, hold=len(pilot.app.scripted.tokenizer.encode(RIVERS[: RIVERS.index("    print")])))]
+    pilot.app.focused.insert("Which rivers cross Laos?")
+    await pilot.press("enter")
+    await wait_for_text(pilot, "for name in")
+    await wait_for_text(pilot, "38.2")
+
+
 async def chinese(pilot: Pilot[Any]) -> None:
     await chat(pilot, "老挝的河流", "メコン川")
 
@@ -144,7 +158,7 @@ async def compare(pilot: Pilot[Any]) -> None:
     await wait_for_text(pilot, "One prompt for both.")
     await wait_until(pilot, lambda: all(side.contender for side in pilot.app.screen.sides))
     pilot.app.focused.insert("Which rivers cross Laos?")
-    with mock.patch("qwen2_tui.live.LiveReply.progress", return_value=Progress("over", 24, 24, 0, 88, 38.2, 0.3)):
+    with figures("over"):
         await pilot.press("enter")
         await wait_for_text(pilot, "I know more")
         await wait_until(pilot, lambda: not pilot.app.screen._comparing)
