@@ -153,6 +153,19 @@ class Document:
         assert lines is not None
         return lines
 
+    def offset(self, block: int, line: int) -> int:
+        """How many characters of the block stand before one of its lines: its place at any width."""
+        return sum(len(one.text.strip()) for one in self.lines(block)[:line])
+
+    def line_at(self, block: int, offset: int) -> int:
+        """The line of the block that the character is in."""
+        lines = self.lines(block)
+        for number, line in enumerate(lines):
+            offset -= len(line.text.strip())
+            if offset < 0:
+                return number
+        return len(lines) - 1
+
     def codes(self) -> list[tuple[int, int]]:
         """The code blocks: the first and the last of the blocks that each one is."""
         found: list[tuple[int, int]] = []

@@ -24,7 +24,7 @@ NEAR = 40  # turns on both sides of what is seen whose lines are kept
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message as it is shown. number, count: which alternative of how many. footer: a quiet line under it."""
+    """A message as it is shown. number, count: which alternative of how many. footer: a quiet line under it, which says of what is not whole why."""
 
     key: int
     role: Role
@@ -68,11 +68,8 @@ class Shown:
         turn = self.turn
         kind = Kind.USER if turn.role == "user" else Kind.MODEL if turn.role == "assistant" else Kind.QUIET
         runs = [(clean_line(turn.name), ink(kind))]
-        notes = [f"‹ {turn.number}/{turn.count} ›"] if turn.count > 1 else []
-        if turn.state == "partial":
-            notes.append("broke off")
-        if notes:
-            note = "  ".join(notes)
+        if turn.count > 1:
+            note = f"‹ {turn.number}/{turn.count} ›"
             space = min(self.width, MEASURE) - cell_len(runs[0][0]) - cell_len(note)
             runs += [(" " * max(space, 2), ink(Kind.TEXT)), (note, ink(Kind.QUIET))]
         return [Line([]), Line(runs)]
@@ -137,11 +134,7 @@ class Shown:
         if number < head:
             return self._head[number]
         number -= head
-        if number < self.document.height:
-            return self.document.line(number)
-        foot = number - self.document.height
-        # It was estimated to be higher, and is drawn before it was prepared: it soon will be.
-        return self._foot[foot] if foot < len(self._foot) else Line([])
+        return self.document.line(number) if number < self.document.height else self._foot[number - self.document.height]
 
     def all(self) -> Iterator[tuple[int, list[Line]]]:
         """All its lines, block by block."""

@@ -23,7 +23,7 @@ from qwen2_local.sanitize import clean
 from qwen2_tui.keys import bind
 from qwen2_tui.markdown.ink import Kind, ink
 from qwen2_tui.markdown.render import Line
-from qwen2_tui.widgets.flow import FOOT, Flow, Place, Turn
+from qwen2_tui.widgets.flow import FOOT, HEAD, Flow, Place, Turn
 from qwen2_tui.widgets.palette import COMPONENTS, CSS, Palette
 
 __all__ = ["Transcript", "Turn"]
@@ -85,6 +85,8 @@ class Transcript(ScrollView, can_focus=True):
         self._moving = False  # the window is being moved by us
         self._palette: Palette | None = None
         self._rows: list[object] = []  # what each row of the window showed last
+        self._laid = Size(0, 0)  # the size that all this is for
+        self._reading: tuple[Place, int] | None = None  # what is at the top since the reader last scrolled: place, characters before it
         self._painting = False
 
     # What is shown
@@ -105,7 +107,7 @@ class Transcript(ScrollView, can_focus=True):
         self._flow = Flow(turns, self._text_width)
         self._fed = None
         self._top, self._follow, self._unseen = Place(0, -1, 0), end, False
-        self.selected = None
+        self._select_last(only_if=self.has_focus)
         self._changed(unsettled=True)
 
     def append(self, turn: Turn) -> None:
@@ -183,6 +185,7 @@ class Transcript(ScrollView, can_focus=True):
         """The window begins at line y, all of it being rendered."""
         if len(self._flow):
             self._top = self._flow.place(y)
+        self._reading = None
         size = Size(self.size.width, self._flow.height + 1 if len(self._flow) else 0)
         self._moving = True
         if size != self.virtual_size:
@@ -245,11 +248,31 @@ class Transcript(ScrollView, can_focus=True):
         self.scroll_to(y=0)
 
     def on_resize(self) -> None:
-        """Wraps again; what was at the top stays there."""
+        """The window has another size."""
+        self._resized()
+
+    def _resized(self) -> None:
+        """Wraps again; what was at the top stays there, through any number of sizes."""
+        if self.size == self._laid:
+            return
+        self._laid = self.size
         self._rows = []
+        reading = self._reading or self._read()
         if self._flow.resize(self._text_width) and self.text_selection is not None:
             self.screen.clear_selection()
+        if reading is not None:
+            place, offset = reading
+            self._top = place._replace(line=self._flow[place.turn].document.line_at(place.block, offset))
         self._settle()
+        self._reading = reading
+
+    def _read(self) -> tuple[Place, int] | None:
+        """The text at the top of the window; None where that is no text."""
+        place = self._top
+        if place.turn >= len(self._flow) or place.block in (HEAD, FOOT) or not self._flow[place.turn].opened:
+            return None
+        document = self._flow[place.turn].document
+        return (place, document.offset(place.block, place.line)) if place.block < document.blocks else None
 
     # Selecting with keys and mouse
 
@@ -285,6 +308,7 @@ class Transcript(ScrollView, can_focus=True):
         """Select the turn above or below."""
         if len(self._flow):
             here = self.selected if self.selected is not None else len(self._flow) if step < 0 else -1
+            self.code = None
             self.selected = min(max(here + step, 0), len(self._flow) - 1)
 
     def action_act(self, name: Name) -> None:
@@ -329,11 +353,17 @@ class Transcript(ScrollView, can_focus=True):
 
     def on_focus(self) -> None:
         """Keys are about a turn: the last, unless another was selected."""
-        if self.selected is None and len(self._flow):
-            self.set_reactive(Transcript.selected, len(self._flow) - 1)  # it need not come into sight
-            self.refresh_bindings()
+        if self.selected is None:
+            self._select_last()
         self._rows = []
         self.refresh()
+
+    def _select_last(self, *, only_if: bool = True) -> None:
+        """Whatever was selected is gone. Nothing is scrolled."""
+        self.set_reactive(Transcript.selected, len(self._flow) - 1 if only_if and len(self._flow) else None)
+        self.set_reactive(Transcript.code, None)
+        if self.is_mounted:
+            self.refresh_bindings()
 
     def on_blur(self) -> None:
         """No turn is marked."""
@@ -385,6 +415,7 @@ class Transcript(ScrollView, can_focus=True):
 
     def render_lines(self, crop: Region) -> list[Strip]:
         """Draws. Outside of this, `render_line` is asked by the screen what is under the pointer."""
+        self._resized()  # a new size may have to be drawn before the event that tells of it
         self._painting = True
         try:
             return super().render_lines(crop)
@@ -400,9 +431,9 @@ class Transcript(ScrollView, can_focus=True):
             end = Place(max(len(self._flow) - 1, 0), FOOT, 0)
             strip = Strip.blank(width, self._palette.blank)
             return strip if self._painting else strip.apply_offsets(0, end.code)
-        if not self._painting:
-            return self._strip(number, width).apply_offsets(-MARGIN, self._flow.place(number).code)
         strip = self._strip(number, width)
+        if not self._painting:
+            strip = strip.apply_offsets(-MARGIN, self._flow.place(number).code)
         return self._hinted(strip, width) if self._unseen and y == self.size.height - 1 else strip
 
     def _strip(self, number: int, width: int) -> Strip:
