@@ -144,12 +144,12 @@ class Everywhere(App[None]):
             self.pop_screen()
 
     def action_interrupt(self) -> None:
-        """Copy what is selected; else stop the reply; else quit at the second time."""
+        """Copy what is selected; else stop what is under way, on the open screen or in the chat; else quit at the second time."""
         selected = self._selected()
         if selected:
             self.copy_to_clipboard(selected)
             self.screen.clear_selection()
-        elif self.chat_screen.stop():
+        elif any(screen.stop() for screen in dict.fromkeys((self.screen, self.chat_screen)) if hasattr(screen, "stop")):
             self._interrupted = 0.0
         elif time.monotonic() - self._interrupted < _AGAIN_S:
             self.quit_soon()

@@ -92,7 +92,7 @@ class CompareScreen(Screen[None]):
         composer = Composer()
         composer.placeholder = "One prompt for both."
         yield composer
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
         """The chat's model, and the next best."""
@@ -297,11 +297,15 @@ class CompareScreen(Screen[None]):
 
     def action_back(self) -> None:
         """Stop; then close."""
-        if not self._comparing:
+        if not self.stop():
             self.dismiss()
-            return
-        self._stop.set()
-        self._say_how("stopping …")
+
+    def stop(self) -> bool:
+        """Ends the comparison that is under way. False: there is none."""
+        if self._comparing:
+            self._stop.set()
+            self._say_how("stopping …")
+        return self._comparing
 
     def _say_how(self, words: str = "", *, problem: bool = False) -> None:
         one = f" · {clean_line(self._prompt)}" if self._prompt else ""

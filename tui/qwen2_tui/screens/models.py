@@ -75,7 +75,7 @@ class ModelsScreen(Screen[None]):
         yield Static("looking …", id="machine", markup=False)
         yield ModelList()
         yield Static("", id="about", markup=False)
-        yield Footer()
+        yield Footer(show_command_palette=False)
 
     # What there is
 
