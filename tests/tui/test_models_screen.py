@@ -283,8 +283,9 @@ async def test_verify_shows_how_far_it_is_and_what_it_found():
         jobs.say(Job("mine", "verify", "hashing", done=50, total=100))
         await wait_for_text(pilot, "hashing")
         assert "50%" in line_of(app, "mine")
-        jobs.say(Job("mine", "verify", "hashing", 100, 100, state="done", words="All is well: 1 files are those that were installed."))
-        await wait_for_text(pilot, "All is well")
+        jobs.say(Job("mine", "verify", "hashing", 100, 100, state="done", words="All is well."))
+        await wait_for_text(pilot, "All is well.")
+        assert "✓ verified" in screen_text(app) and "GGUF Q4_0" in line_of(app, "mine")
         await pilot.press("x")
         assert len(jobs.asked) == 1, "there is nothing to cancel any more"
 

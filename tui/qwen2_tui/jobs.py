@@ -260,7 +260,7 @@ def _told_by(ended: Ended) -> str:
     """What was found out."""
     if "ok" in ended.answer:
         hashed = _count(ended.answer.get("files_hashed"))
-        return f"All is well: {hashed} files are those that were installed." if hashed else "All is well."
+        return f"All is well: its files ({hashed}) are those that were installed." if hashed else "All is well."
     return "It is up to date." if ended.answer.get("status") == "current" else ""
 
 

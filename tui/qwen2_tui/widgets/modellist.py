@@ -103,13 +103,14 @@ class ModelList(OptionList):
         assert self.inventory is not None
         row, width = self._rows[id], self._width
         job = self.job_of(row)
-        if job is not None:
-            return job_row(job, width)
-        if isinstance(row, Advice):
+        if isinstance(row, Installed) and (job is None or job.state == "done"):
+            return installed_row(row, width, used=row.name == self._used, verified=job is not None)
+        if isinstance(row, Advice) and job is None:
             return size_row(row, self.inventory, width)
-        if isinstance(row, Installed):
-            return installed_row(row, width, used=row.name == self._used)
-        return job_row(row, width)
+        if job is None:
+            assert isinstance(row, Job)
+            job = row
+        return job_row(job, width)
 
 
 def _head(words: str) -> Option:

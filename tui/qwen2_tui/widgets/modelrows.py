@@ -64,8 +64,8 @@ def size_head(width: int) -> Content:
     return _line([(f"  {'QWEN2':<10}{'FETCH':>9}  {disk}{f'MEMORY {CONTEXT // 1024}K':<{_BAR + 10}}{licence}HERE", "$text-muted")], width)
 
 
-def installed_row(one: Installed, width: int, *, used: bool) -> Content:
-    """An installed model. used: it is the one that chats now."""
+def installed_row(one: Installed, width: int, *, used: bool, verified: bool = False) -> Content:
+    """An installed model. used: it is the one that chats now. verified: it was read back, and is well."""
     context = f"{one.context // 1024}K" if one.context else ""
     size = gigabytes(one.size) if one.size is not None else ""
     name = max(12, min(28, width - 40))
@@ -74,6 +74,7 @@ def installed_row(one: Installed, width: int, *, used: bool) -> Content:
         (set_cell_size(one.name, name), "bold"),
         (f" {size:>9}  {context:<6}", ""),
         (one.form, "$text-muted" if one.size is not None else "$text-error"),
+        ("  ✓ verified" if verified else "", "$text-success"),
     ]
     return _line(parts, width)
 
