@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _LEAVE_S = 1.5
+_GONE_S = 10.0
 _SWEEP_S = 3.0  # the first screen comes first
 
 
@@ -82,6 +83,7 @@ class QwenApp(Everywhere):
         self._library: Library | None = None
         self._said: set[str] = set()
         self._begun = self._leaving = self._panicked = False
+        self._leaver: threading.Thread | None = None
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self._take_settings(read)
@@ -229,10 +231,10 @@ class QwenApp(Everywhere):
         if self._leaving:
             return
         self._leaving = True
-        leaving = threading.Thread(target=self.leave, name="qwen2-local leaves", daemon=True)
-        leaving.start()
+        self._leaver = threading.Thread(target=self.leave, name="qwen2-local leaves", daemon=True)
+        self._leaver.start()
         until = time.monotonic() + _LEAVE_S
-        while leaving.is_alive() and time.monotonic() < until:
+        while self._leaver.is_alive() and time.monotonic() < until:
             await asyncio.sleep(0.01)
         self.exit()
 
@@ -264,6 +266,8 @@ class QwenApp(Everywhere):
         """Run until the person leaves; the exit code. Raises what keeps the app from beginning at all."""
         with logfile.written():
             self.run()
+            if self._leaver is not None:
+                self._leaver.join(_GONE_S)  # the terminal is the person's again; what they deleted is still going, where there is much
             if self._exception is None and not self._panicked:
                 return self.return_code or 0
             _log.critical("the app crashed", exc_info=self._exception)
