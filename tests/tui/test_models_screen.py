@@ -136,6 +136,19 @@ async def test_a_hub_that_cannot_be_reached_is_said_with_the_next_step():
         assert ("start", "7b") not in jobs.asked
 
 
+async def test_a_disk_that_is_too_small_is_said_before_it_begins():
+    jobs = ScriptedJobs()
+    jobs.plans["7b"] = replace(SEVEN, disk=90 * 10**9)
+    app = make_app(jobs=jobs)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await opened(pilot, "size 7b")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "The disk has too little room")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: isinstance(app.screen, ModelsScreen))
+        assert ("start", "7b") not in jobs.asked
+
+
 async def test_who_does_not_wait_for_a_plan_leaves_nothing_behind():
     jobs = ScriptedJobs()
     app = make_app(jobs=jobs)

@@ -1,9 +1,12 @@
-"""The line that a pull shows."""
+"""The line that a pull shows, and the events that it tells instead."""
+
+import json
 
 import pytest
 
 from qwen2_converters.pull_step import Step
-from qwen2_local.cli.meter import Meter
+from qwen2_local.cli import meter as module
+from qwen2_local.cli.meter import Events, Meter
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +59,31 @@ def test_the_bar_takes_the_room_that_there_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     line = lines(*(Step("fetching", "model.safetensors", done, 10**9) for done in (0, 10**8)))[1]
     assert "━" in line and len(line) < 80
+
+
+def events(capsys, monkeypatch, *steps):
+    """What is told of steps that come at these times: (seconds, step)."""
+    told = Events()
+    for at, step in steps:
+        monkeypatch.setattr(module.time, "monotonic", lambda at=at: 1000.0 + at)
+        told.step(step)
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+def test_an_event_says_how_far_how_fast_and_how_long(capsys, monkeypatch):
+    first, second = events(capsys, monkeypatch, (0, Step("fetching", "m", 0, 1000)), (1, Step("fetching", "m", 100, 1000)))
+    assert first == {"phase": "fetching", "name": "m", "done": 0, "total": 1000, "speed": 0, "left_s": None}
+    assert second == {"phase": "fetching", "name": "m", "done": 100, "total": 1000, "speed": 100, "left_s": 9.0}
+
+
+def test_of_each_phase_five_a_second_and_the_last(capsys, monkeypatch):
+    steps = [(at / 100, Step(phase, "m", at, 199)) for at in range(200) for phase in ("fetching", "converting")]
+    told = events(capsys, monkeypatch, *steps)
+    for phase in ("fetching", "converting"):
+        mine = [one["done"] for one in told if one["phase"] == phase]
+        assert 9 <= len(mine) <= 12 and mine[0] == 0 and mine[-1] == 199
+
+
+def test_a_name_cannot_steer_a_terminal_nor_break_a_line(capsys, monkeypatch):
+    (told,) = events(capsys, monkeypatch, (0, Step("checking", "\x1b[2J\n\u2028x", 0, 0)))
+    assert told["name"] == "\x1b[2J\n\u2028x" and told["left_s"] is None

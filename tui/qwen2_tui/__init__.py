@@ -7,7 +7,10 @@
   theme      light and dark; commands: the palette
   opening    what the app begins with; ending: what becomes of it where nobody chose to leave; logfile: where it writes what went wrong
   live       a reply on its way, read by a thread; pace: how often it is shown
-  library    what is done with saved chats; jobs: fetches and verifications, as child processes
+  library    what is done with saved chats
+  inventory  the models that there are, and what this machine has for them; plan: what a fetch would do
+  jobs       fetches and verifications, each a child process
+  contest    two models on one prompt: who, and what came of it
   settings   what a person chose, in a TOML file
   scoring    tokens for people: their texts, how likely they were, what else could have come
   attach     @path; clipboard: the local one and the terminal's

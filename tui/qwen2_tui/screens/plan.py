@@ -93,7 +93,7 @@ class PlanScreen(ModalScreen[Plan | None]):
         if plan.licence_to_accept:
             # Enter does not accept a licence by itself.
             yes.label = Content("I have read the licence and accept it: fetch · y")
-        elif plan.fits and not plan.changed:
+        elif plan.fits and plan.disk <= plan.disk_free and not plan.changed:
             yes.focus()
 
     @on(Button.Pressed)
@@ -116,6 +116,8 @@ def _shown(plan: Plan) -> Content:
     parts.append((f"It becomes {' and '.join(name for name, _ in plan.models)}.", "bold"))
     if plan.changed:
         parts.append(("\nWhat is installed under this name has changed at its source since, and will be replaced.", "$text-warning"))
+    if plan.disk > plan.disk_free:
+        parts.append(("\nThe disk has too little room for it: free some, or choose a smaller one.", "$text-error"))
     if not plan.fits:
         parts.append(("\nIt leaves this machine little memory, or none: a smaller size or fewer bits would run better.", "$text-warning"))
     if plan.licence_to_accept:
