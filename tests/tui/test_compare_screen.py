@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ async def over(pilot: Any, screen: CompareScreen, rounds: int = 1) -> None:
 
 
 async def test_both_answer_side_by_side_with_their_numbers():
-    first, second = ScriptedModel("It is a **file** format."), ScriptedModel(WARM, "A format of files.")
+    first, second = ScriptedModel("It is a **file** format.", pid=os.getpid()), ScriptedModel(WARM, "A format of files.", pid=os.getpid())
     app = make_app(loader=two(first, second))
     async with app.run_test(size=(100, 30)) as pilot:
         screen = await opened(pilot)
@@ -58,7 +59,7 @@ async def test_both_answer_side_by_side_with_their_numbers():
         await over(pilot, screen)
         shown = screen_text(app)
         assert any("It is a file format." in line and "A format of files." in line for line in shown.split("\n"))
-        assert shown.count("tok/s") == 2 and shown.count("first token") == 2 and "file 1" in shown
+        assert shown.count("tok/s") == 2 and shown.count("first token") == 2 and shown.count("memory") == 2 and "file 1" in shown
         assert "one after the other" in shown and "Why?" in shown
 
 

@@ -261,7 +261,9 @@ class CompareScreen(Screen[None]):
         """Waits for its end."""
         live = LiveReply(lambda tell: model.respond([Message("user", prompt)], seed=seed, persist=False, progress=tell, **contender.says))
         self.qwen.call_later(side.begin, live)
-        while not live.wait(0.2):
+        over = False
+        while not over:
+            over = live.wait(0.2)
             if self._stop.is_set():
                 live.stop()
             self._memory[side.place] = resident(model.pid) if model.pid is not None else 0
