@@ -422,6 +422,19 @@ async def test_a_chat_is_there_before_its_model(store: ChatStore):
         assert shown(app) == texts(app)
 
 
+async def test_what_was_found_in_another_branch_is_shown(store: ChatStore):
+    async with chatting("one", "two", "three", store=store, questions=2) as (pilot, app):
+        screen = app.chat_screen
+        number, found = screen.number, screen.chat.messages[2].id
+        await on_turn(pilot, 0, "e")
+        screen.composer.write("another")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: idle(app) and shown(app) == ["another", "three"])
+        screen.open_chat(number, found)
+        await wait_until(pilot, lambda: idle(app) and shown(app) == texts(app) == ["question 1", "one", "question 2", "two"])
+        assert screen.transcript.selected == 2
+
+
 async def test_a_temporary_chat_goes_on_with_another_model():
     small, large = ScriptedModel("one"), ScriptedModel("two", name="7b")
     app = make_app(loader=ScriptedLoader(small, models={"7b": large}), opening={"temporary": True})

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwen2_local.chats import ChatMessage, ChatStore, path_to
-from qwen2_local.chats.attached import Attached, folded, split
+from qwen2_local.chats.attached import Attached, split
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean, clean_line
-from qwen2_local.types import Role
+from qwen2_tui.turns import question_turn, turn_of
 from qwen2_tui.widgets.transcript import Turn
 
 if TYPE_CHECKING:
@@ -56,8 +56,10 @@ class Measure:
 class Conversation:
     """A chat of `store`, saved or to be saved with its first question. Its methods are for one thread at a time; reading is always safe."""
 
-    def __init__(self, store: ChatStore, number: int | None = None, *, temporary: bool = False) -> None:
-        """number: a saved one; it is read here, which may take a while. temporary: it is to leave nothing on the disk.
+    def __init__(self, store: ChatStore, number: int | None = None, *, message: int | None = None, temporary: bool = False) -> None:
+        """number: a saved one; it is read here, which may take a while. message: one of its messages, whose branch is wanted.
+
+        temporary: it is to leave nothing on the disk.
 
         Raises UnknownChat, and what a store raises.
         """
@@ -76,6 +78,10 @@ class Conversation:
             self.options = store.options(number)
             self._all = {message.id: message for message in record.messages}
             self._record = tuple(path_to(self._all, record.tip))
+            if message in self._all and all(one.id != message for one in self._record):
+                tip = _latest(self._all, message)
+                store.end_with(number, tip)
+                self._record = tuple(path_to(self._all, tip))
             # Who chose to leave old turns out does so again.
             if self._record and self._record[-1].left_out:
                 self.overflow = "drop_oldest"
@@ -145,12 +151,12 @@ class Conversation:
         return [(siblings[one.parent].index(one.id) + 1, len(siblings[one.parent])) for one in messages]
 
     def broken(self) -> str:
-        """A sentence, if the conversation ends in the middle; "" if it does not."""
+        """A sentence, if the conversation ends in the middle, and nobody stopped it there; "" if it does not."""
         last = self.messages[-1] if self.messages else None
         if last is not None and last.role == "user":
             return "The last question has no reply."
-        if last is not None and last.state == "partial":
-            return "The last reply was stopped." if last.finish_reason == "cancelled" else "The last reply broke off."
+        if last is not None and last.state == "partial" and last.finish_reason is None:
+            return "The last reply broke off."
         return ""
 
     def question(self, index: int) -> tuple[str, Mapping[str, Attached]]:
@@ -166,12 +172,12 @@ class Conversation:
         unanswered = bool(messages) and messages[-1].role == "user"
         kept = len(messages) - unanswered
         place = self._next(len(messages) - 1) if unanswered else (1, 1)
-        return self._plan(kept, text, (1, 1), lambda told: chat.stream(text, **wishes, progress=told), question=_question(text, place))
+        return self._plan(kept, text, (1, 1), lambda told: chat.stream(text, **wishes, progress=told), question=question_turn(text, place))
 
     def edit(self, index: int, text: str, wishes: Mapping[str, Any]) -> Plan:
         """The reply to another wording of the question at `index`, as a branch."""
         chat = self._ready()
-        asked = _question(text, self._next(index))
+        asked = question_turn(text, self._next(index))
         return self._plan(index, text, (1, 1), lambda told: chat.stream_edit(index, text, **wishes, progress=told), question=asked)
 
     def regenerate(self, index: int, wishes: Mapping[str, Any]) -> Plan:
@@ -238,32 +244,9 @@ class Conversation:
         return Plan(kept, question, Turn(0, "assistant", clean_line(str(name)), clean(begun), "partial", *place), begin, text)
 
 
-_NAMES: dict[Role, str] = {"system": "system", "user": "you", "assistant": "qwen2"}
-
-
-def turn_of(message: ChatMessage, number: int = 1, count: int = 1) -> Turn:
-    """A message as it is shown."""
-    name = clean_line(message.model) if message.role == "assistant" and message.model else _NAMES[message.role]
-    text = folded(message.text) if message.role == "user" else message.text
-    return Turn(message.id, message.role, name, clean(text), message.state, number, count, footer_of(message))
-
-
-def footer_of(message: ChatMessage) -> str:
-    """What there is to say of how a reply ended; "" where it simply did."""
-    if message.role != "assistant":
-        return ""
-    said = []
-    if message.state == "partial":
-        said.append("stopped" if message.finish_reason == "cancelled" else "broke off")
-        said.append("c continues")
-    elif message.finish_reason == "length":
-        said.append("cut at the longest that replies may be (settings) · c continues")
-    elif message.finish_reason == "context":
-        said.append("the context is full")
-    if message.left_out:
-        said.append(f"written without the {message.left_out} oldest message{'s' * (message.left_out != 1)}")
-    return " · ".join(said)
-
-
-def _question(text: str, place: tuple[int, int]) -> Turn:
-    return replace(turn_of(ChatMessage("user", text), *place), key=0)
+def _latest(messages: Mapping[int, ChatMessage], message: int) -> int:
+    """The end of the branch that `message` is in: the latest that came of it."""
+    latest = {one.parent: one.id for one in messages.values()}
+    while message in latest:
+        message = latest[message]
+    return message

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import on
-from textual.app import ComposeResult, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
-from textual.screen import Screen
-from textual.widgets import Footer, Static, TextArea
+from textual.widgets import TextArea
 
 from qwen2_tui.conversation import Conversation
 from qwen2_tui.events import ChatsChanged, HostChanged, SettingsChanged
@@ -24,6 +22,7 @@ from qwen2_tui.keys import bind
 from qwen2_tui.screens.acting import Acting
 from qwen2_tui.screens.entering import Entering
 from qwen2_tui.screens.gauging import Gauges
+from qwen2_tui.screens.layout import ChatLayout
 from qwen2_tui.screens.replying import Replying
 from qwen2_tui.screens.sending import Sending
 from qwen2_tui.screens.writing import Writing
@@ -32,30 +31,19 @@ from qwen2_tui.settings import ChatSettings, differing, with_options
 from qwen2_tui.widgets.composer import Composer
 from qwen2_tui.widgets.limit import OfferBar
 from qwen2_tui.widgets.sidebar import Sidebar
-from qwen2_tui.widgets.statusline import StatusLine
-from qwen2_tui.widgets.topline import TopLine
 from qwen2_tui.widgets.transcript import Transcript
 from qwen2_tui.widgets.welcome import Welcome
 
 if TYPE_CHECKING:
     from qwen2_local.chat import Chat
-    from qwen2_tui.app import QwenApp
 
 _LEAVE_S = 1.0
 _OF_CHATS = {one.name for one in fields(ChatSettings)}
 
 
-class ChatScreen(Screen[None]):
+class ChatScreen(ChatLayout):
     """See the module."""
 
-    CSS = """
-    ChatScreen {
-        #body { height: 1fr; }
-        #main { width: 1fr; }
-        #transcript { height: 1fr; }
-        #notes { height: auto; max-height: 4; padding: 0 2; color: $text-muted; display: none; }
-    }
-    """
     AUTO_FOCUS = "#composer"
     BINDINGS: ClassVar[list[BindingType]] = [
         bind("turn.stop", "stop_reply", show=True),
@@ -65,28 +53,9 @@ class ChatScreen(Screen[None]):
         Binding("shift+tab", "app.focus_next", show=False),
     ]
 
-    def compose(self) -> ComposeResult:
-        """From the top to the bottom."""
-        self.session = Session(Conversation(self.qwen.store))
-        yield TopLine()
-        with Horizontal(id="body"):
-            yield Sidebar(self.qwen.store, shown=self.qwen.settings.sidebar, id="sidebar")
-            with Vertical(id="main"):
-                yield Welcome(id="welcome")
-                yield Transcript(id="transcript")
-                yield OfferBar(id="offers")
-                yield Static(id="notes", markup=False)
-                yield Composer(id="composer")
-        yield StatusLine(id="status")
-        yield Footer(show_command_palette=False)
-
     def on_mount(self) -> None:
         """Begin with the chat that was asked for."""
-        self.transcript = self.query_one("#transcript", Transcript)
-        self.offers = self.query_one("#offers", OfferBar)
-        self.composer = self.query_one("#composer", Composer)
-        self.sidebar = self.query_one("#sidebar", Sidebar)
-        self.writing = Writing(self, self.composer, self.query_one("#notes", Static))
+        self.writing = Writing(self)
         self.replying = Replying(self)
         self.acting = Acting(self)
         self.sending = Sending(self)
@@ -96,11 +65,6 @@ class ChatScreen(Screen[None]):
         self.entering.begin()
 
     # What others ask
-
-    @property
-    def qwen(self) -> QwenApp:
-        """The app, by its own type."""
-        return cast("QwenApp", self.app)
 
     @property
     def number(self) -> int | None:
@@ -142,10 +106,11 @@ class ChatScreen(Screen[None]):
 
     def open_chat(self, number: int, message: int | None = None) -> None:
         """A saved one, at its message `message` if that is named. A reply that is under way goes on behind it."""
-        if number != self.number:
-            self.entering.open(number, message)
-        else:
+        here = message is None or any(one.id == message for one in self.session.conversation.messages)
+        if number == self.number and (here or self.busy):
             self.acting.select(message)
+        else:
+            self.entering.open(number, message)
 
     def ask(self, text: str) -> None:
         """As if it had been typed and sent."""
@@ -202,9 +167,7 @@ class ChatScreen(Screen[None]):
 
     def leave(self) -> None:
         """In a thread, at the app's end: the draft and what came of replies are kept."""
-        running = [session.live for session in self.replying.all() if session.live is not None]
-        for live in running:
-            live.stop()
+        running = self.replying.leave_all()
         self.writing.keep_last()
         for live in running:
             live.wait(_LEAVE_S)
@@ -248,12 +211,6 @@ class ChatScreen(Screen[None]):
         self.ask(event.text)
 
     # What is shown
-
-    def show_turns(self) -> None:
-        """The conversation, or the welcome where there is none."""
-        empty = self.session.conversation.empty and not self.busy
-        self.query_one("#welcome", Welcome).display = empty
-        self.transcript.display = not empty
 
     def reply_changed(self) -> None:
         """A reply began, or is over."""

@@ -112,7 +112,7 @@ class Entering:
         qwen = self._screen.qwen
         try:
             if session is None:
-                session = Session(Conversation(qwen.store, number))
+                session = Session(Conversation(qwen.store, number, message=message))
                 model = qwen.host.model
                 if model is not None:
                     session.conversation.use(model)

@@ -8,7 +8,7 @@ from qwen2_local.errors import ContextOverflow
 from qwen2_tui.conversation import Measure
 from qwen2_tui.live import Progress
 from qwen2_tui.widgets.limit import Offer, of_context
-from qwen2_tui.widgets.statusline import Numbers, StatusLine
+from qwen2_tui.widgets.statusline import Numbers
 
 if TYPE_CHECKING:
     from qwen2_tui.screens.chat import ChatScreen
@@ -21,7 +21,6 @@ class Gauges:
 
     def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
-        self._line = screen.query_one("#status", StatusLine)
         self._measure: Measure | None = None
         self.last: Progress | None = None
         """Of the reply before, which is over."""
@@ -38,8 +37,10 @@ class Gauges:
         progress = live.progress() if live is not None else self.last
         if live is not None and measure is not None and progress is not None and progress.prompt:
             measure = Measure(progress.prompt + progress.written, progress.cached, measure.most)
-        words = host.state.words if host.state.phase in ("loading", "failed") else ""
-        self._line.show(Numbers(words, progress, host.memory(), measure))
+        # Of a crash the conversation tells already.
+        state = host.state
+        words = state.words if state.phase == "loading" or (state.phase == "failed" and not state.crashed) else ""
+        screen.status.show(Numbers(words, progress, host.memory(), measure))
 
     def measured(self, measure: Measure) -> None:
         """The context was counted."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qwen2_local.errors import ContextOverflow, Qwen2LocalError, UsageError, WorkerDied
 from qwen2_local.sanitize import clean_line
 from qwen2_tui.conversation import Plan
+from qwen2_tui.live import LiveReply
 from qwen2_tui.pace import Pace
 from qwen2_tui.session import Session
 from qwen2_tui.widgets.limit import Choice, Offer
@@ -28,6 +29,7 @@ class Replying:
         self._screen = screen
         self._pace = Pace()
         self._numbers = 0.0
+        self._unsaved = ""
         self._behind: list[Session] = []
         self._timer = screen.set_interval(_TICK_S, self._tick, pause=True)
 
@@ -79,6 +81,13 @@ class Replying:
         transcript.begin_stream(session.growing())
         self._timer.resume()
 
+    def leave_all(self) -> list[LiveReply]:
+        """The app ends: all of them stop. Those to wait for."""
+        running = [session.live for session in self.all() if session.live is not None]
+        for live in running:
+            live.stop()
+        return running
+
     def all(self) -> list[Session]:
         """Those with a reply under way."""
         return [one for one in (self._screen.session, *self._behind) if one.running]
@@ -120,8 +129,9 @@ class Replying:
             self._failed(error)
         elif plan.asked is None and plan.reply.count > 1 and len(messages) > plan.kept and conversation.repeated(plan.kept):
             screen.qwen.tell("The same reply again: sampling is greedy, or has a fixed seed. The settings change that.")
-        if conversation.unsaved:
+        if conversation.unsaved and conversation.unsaved != self._unsaved:
             screen.qwen.tell(f"The chat is not saved: {conversation.unsaved}", problem=True)
+        self._unsaved = conversation.unsaved
         screen.reply_changed()
 
     def _settle(self, plan: Plan, growing: Turn, turns: tuple[Turn, ...], note: str) -> None:

@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from textual.widgets import Static
-
 from qwen2_local.chats.attached import Attached, joined
 from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean_line
 from qwen2_tui import attach
 from qwen2_tui.conversation import Conversation, Measure
-from qwen2_tui.widgets.composer import Composer
 
 if TYPE_CHECKING:
     from qwen2_tui.screens.chat import ChatScreen
@@ -41,10 +38,9 @@ _TITLES = {"edit": "editing the question · enter asks it, esc gives up", "reply
 class Writing:
     """For the UI thread; disks and tokenizers are asked in threads."""
 
-    def __init__(self, screen: ChatScreen, composer: Composer, notes: Static) -> None:
+    def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
-        self._composer = composer
-        self._notes = notes
+        self._composer = screen.composer
         self.task = _NEW
         self.waiting: str | None = None
         """A message that is sent as soon as there is a model."""
@@ -124,8 +120,8 @@ class Writing:
 
     def say(self, words: str) -> None:
         """A line above the message; "" for nothing."""
-        self._notes.update(clean_line(words))
-        self._notes.display = bool(words)
+        self._screen.notes.update(clean_line(words))
+        self._screen.notes.display = bool(words)
 
     def changed(self) -> None:
         """Something was typed: count and keep it soon, not at every key."""
