@@ -22,6 +22,7 @@ from qwen2_tui.jobs import Job
 from qwen2_tui.model import LoadWish
 from qwen2_tui.opening import Opening, first_model, wish_of
 from qwen2_tui.settings import ModelSettings, Settings
+from qwen2_tui.theme import theme_named
 from qwen2_tui.widgets.topline import line
 from tests.tui.pilot import ScriptedJobs, make_app, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedLoader, ScriptedModel
@@ -95,11 +96,15 @@ def test_the_command_line_says_how_to_load_before_the_settings():
 
 
 async def test_a_model_that_is_not_there_is_said_and_the_app_goes_on():
-    app = make_app(loader=ScriptedLoader(fails=[UnknownModel('No model is called "9b".', hint="Installed here: guide.")]), opening={"model": "9b"})
+    app = make_app(
+        loader=ScriptedLoader(fails=[UnknownModel('No model is called "9b".', hint="Installed here: guide.")]),
+        opening={"model": "9b\x1b[31m[bold]:q4\x07"},
+    )
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, 'No model is called "9b".')
         assert "Installed here: guide." in screen_text(app)
-        assert "no model" in screen_text(app).splitlines()[0]
+        first = screen_text(app).splitlines()[0]
+        assert "no model" in first and "9b[31m[bold] · Q4" in first  # a name cannot reach the terminal
 
 
 # The first line
@@ -131,12 +136,6 @@ def test_the_first_line_leaves_out_what_does_not_fit(width: int, shown: str):
 )
 def test_the_first_line_says_how_it_is(state: HostState, shown: str):
     assert shown in line(state, ("guide",), "ctrl+p", 80, COLOURS).plain
-
-
-async def test_names_cannot_reach_the_terminal():
-    app = make_app(opening={"model": "evil\x1b[31m[bold]:q4\x07"})
-    async with app.run_test(size=(100, 24)) as pilot:
-        await wait_for_text(pilot, "evil[31m[bold] · Q4")
 
 
 # What it tells
@@ -223,11 +222,9 @@ async def test_what_was_changed_last_is_kept_at_the_end(own_home: Path):
     assert "sidebar = false" in (own_home / "settings.toml").read_text()
 
 
-async def test_an_unknown_theme_is_ours(tmp_path: Path):
-    (tmp_path / "s.toml").write_text('theme = "no such"\n')
-    app = make_app(settings_file=tmp_path / "s.toml")
-    async with app.run_test(size=(80, 24)):
-        assert app.theme == "qwen2-dark"
+def test_themes_have_short_names_and_an_unknown_one_is_ours():
+    known = {"qwen2-dark": 1, "qwen2-light": 2, "nord": 3}
+    assert [theme_named(name, known) for name in ("light", "nord", "no such", "")] == ["qwen2-light", "nord", "qwen2-dark", "qwen2-dark"]
 
 
 async def test_keys_of_the_settings_work_at_once(tmp_path: Path):
@@ -244,7 +241,7 @@ async def test_keys_of_the_settings_work_at_once(tmp_path: Path):
 # The palette
 
 
-async def test_everything_is_in_the_palette():
+async def test_everything_is_in_the_palette_which_finds_it_and_does_it():
     app = make_app()
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_until(pilot, lambda: app.host.state.phase == "ready")
@@ -253,11 +250,6 @@ async def test_everything_is_in_the_palette():
             assert title in titles
         assert "Restart the model in safe mode" in titles
         assert len(set(titles)) == len(titles)
-
-
-async def test_the_palette_opens_finds_and_does():
-    app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+p")
         await wait_until(pilot, lambda: app.screen is not app.chat_screen)
         await pilot.press(*"theme light")
@@ -283,26 +275,27 @@ async def test_below_a_dialog_nothing_changes():
         assert isinstance(app.screen, Dialog) and len(app.screen_stack) == 2
 
 
-async def test_ctrl_c_copies_what_is_selected(monkeypatch: pytest.MonkeyPatch):
+async def test_ctrl_c_copies_what_is_selected_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    taken: list[str] = []
+    monkeypatch.setattr("qwen2_tui.clipboard.copied", lambda text: taken.append(text) or "Copied.")
     app = make_app()
-    copied: list[str] = []
-    monkeypatch.setattr(app, "copy_to_clipboard", copied.append)
-    async with app.run_test(size=(80, 24)) as pilot:
-        app.chat_screen.composer.write("some words")
+    async with app.run_test(notifications=True, size=(80, 24)) as pilot:
+        app.chat_screen.composer.load_text("some\x1b]0;title\x07 words")
         app.chat_screen.composer.select_all()
         await pilot.press("ctrl+c")
-        assert copied == ["some words"]
-        assert app.is_running
+        await wait_for_text(pilot, "Copied.")
+        assert taken == [app.clipboard] == ["some]0;title words"]
 
 
 async def test_ctrl_c_stops_a_reply_and_keeps_it():
     app = make_app(Say("a long reply", hold=2))
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_until(pilot, lambda: app.host.state.phase == "ready")
+        assert "esc stop" not in screen_text(app)
         app.chat_screen.ask("hello")
-        await wait_until(pilot, lambda: app.chat_screen.busy)
+        await wait_for_text(pilot, "esc stop")
         await pilot.press("ctrl+c")
-        await wait_until(pilot, lambda: not app.chat_screen.busy)
+        await wait_until(pilot, lambda: not app.chat_screen.busy and "esc stop" not in screen_text(app))
         assert app.is_running and app._exit is False
 
 
@@ -317,37 +310,20 @@ async def test_ctrl_c_twice_quits():
     assert app.scripted.closed
 
 
-async def test_what_is_copied_is_cleaned(monkeypatch: pytest.MonkeyPatch):
-    from qwen2_tui import clipboard
-
-    taken: list[str] = []
-    monkeypatch.setattr(clipboard, "copied", lambda text: taken.append(text) or "Copied.")
-    app = make_app()
-    async with app.run_test(notifications=True, size=(80, 24)) as pilot:
-        app.copy_to_clipboard("a\x1b]0;title\x07b")
-        await wait_for_text(pilot, "Copied.")
-        assert taken == ["a]0;titleb"] and app.clipboard == "a]0;titleb"
-
-
 # Sizes
 
 
 async def test_too_small_is_said_and_passes():
     app = make_app()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.resize_terminal(59, 24)
+    async with app.run_test(size=(40, 10)) as pilot:
         await wait_for_text(pilot, "A little more room, please")
-        await pilot.resize_terminal(40, 10)
-        await wait_for_text(pilot, "40x10")
+        await pilot.resize_terminal(60, 20)
+        await wait_until(pilot, lambda: app.screen is app.chat_screen)
+        await pilot.resize_terminal(59, 24)
+        await wait_for_text(pilot, "59x24")
         await pilot.press("ctrl+n")
         await pilot.resize_terminal(60, 20)
         await wait_until(pilot, lambda: app.screen is app.chat_screen)
-
-
-async def test_it_may_begin_too_small():
-    app = make_app()
-    async with app.run_test(size=(30, 8)) as pilot:
-        await wait_for_text(pilot, "A little more room")
 
 
 # The end
@@ -424,14 +400,3 @@ def test_the_first_screen_needs_neither_numpy_nor_the_other_screens():
     assert {one for one in loaded if one.startswith("qwen2_tui.screens.")} & {
         f"qwen2_tui.screens.{name}" for name in ("models", "settings", "compare", "help", "prompt", "tokens")
     } == set()
-
-
-async def test_the_footer_says_how_to_stop_while_there_is_something_to_stop():
-    app = make_app(Say("a long reply", hold=2))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_until(pilot, lambda: app.host.state.phase == "ready")
-        assert "esc stop" not in screen_text(app)
-        app.chat_screen.ask("hello")
-        await wait_for_text(pilot, "esc stop")
-        await pilot.press("escape")
-        await wait_until(pilot, lambda: not app.chat_screen.busy and "esc stop" not in screen_text(app))
