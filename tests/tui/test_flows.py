@@ -176,7 +176,7 @@ async def test_deleting_can_be_undone_until_the_end_and_is_then_final(own_home):
 
 
 async def test_a_message_that_does_not_fit_is_said_before_it_is_sent():
-    app = make_app("ok", longest=400)
+    app = make_app("Understood.", longest=400)
     async with running(app) as pilot:
         composer = app.focused
         composer.insert("many words " * 300)
@@ -199,25 +199,25 @@ async def test_a_file_is_attached_by_its_path(tmp_path, monkeypatch):
 
 
 async def test_drafts_are_kept_per_chat_and_over_the_end():
-    app = make_app("ok")
+    app = make_app("Understood.")
     async with running(app) as pilot:
         await ask(pilot, "Hello.")
-        await wait_for_text(pilot, "ok")
+        await wait_for_text(pilot, "Understood.")
         await wait_until(pilot, lambda: idle(app))
         app.focused.insert("half a thought")
         await pilot.press("ctrl+n")
         await wait_until(pilot, lambda: app.focused is not None and app.focused.text == "")
-    app = make_app("ok", opening={"continue_last": True})
+    app = make_app("Understood.", opening={"continue_last": True})
     async with running(app) as pilot:
         await wait_until(pilot, lambda: app.focused.text == "half a thought")
 
 
 async def test_settings_of_a_person_reach_the_model(own_home):
     (own_home / "settings.toml").write_text('[chat]\nsystem = "Answer in Lao."\ntemperature = 0.25\nmax_tokens = 77\n')
-    app = make_app("ok")
+    app = make_app("Understood.")
     async with running(app) as pilot:
         await ask(pilot, "Hello.")
-        await wait_for_text(pilot, "ok")
+        await wait_for_text(pilot, "Understood.")
         assert "Answer in Lao." in app.scripted.read
         assert app.scripted.options[-1]["temperature"] == 0.25
         assert app.scripted.options[-1]["max_tokens"] == 77

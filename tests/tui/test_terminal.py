@@ -35,7 +35,7 @@ def test_a_visit():
 
 
 def test_the_terminal_is_given_back_as_it_was():
-    with scripted("'ok'") as window:
+    with scripted("'Understood.'") as window:
         window.wait_for("ready")
         window.type(ctrl("q"))
         window.end()
@@ -53,12 +53,12 @@ def test_the_terminal_is_given_back_as_it_was():
 
 
 def test_every_way_to_a_new_line():
-    with scripted("'ok'") as window:
+    with scripted("'Understood.'") as window:
         window.wait_for("ready", "send")
         window.type(f"one{CTRL_J}two{ALT_ENTER}three{SHIFT_ENTER}four")
         window.wait_for("one", "two", "three", "four")
         window.type(ENTER)
-        window.wait_for("ok")
+        window.wait_for("Understood.")
     assert "one\ntwo\nthree\nfour" in [one.text for one in messages()]
 
 

@@ -76,7 +76,7 @@ def test_escapes_of_a_saved_chat_do_nothing():
     turns = (ChatMessage("user", ALL, id=1), ChatMessage("assistant", ALL, id=2, parent=1, model=ALL))
     with ChatStore.open() as store:
         store.insert(ChatRecord(ALL, True, False, 1.0, 2.0, 2, turns))
-    with scripted("'ok', opening={'chat': 1}") as window:
+    with scripted("'Understood.', opening={'chat': 1}") as window:
         window.wait_for("ready", "EVIL")
         window.type(ctrl("f") + "EVIL")
         window.wait_until_still()
@@ -107,12 +107,12 @@ def test_escapes_of_an_error_do_nothing():
 
 def test_escapes_of_what_is_pasted_and_of_settings_do_nothing(own_home):
     (own_home / "settings.toml").write_text(f"theme = {json.dumps(ALL)}\nEVIL = 3\n[presets.{json.dumps(ALL)}]\nsystem = {json.dumps(ALL)}\n")
-    with scripted("'ok'") as window:
+    with scripted("'Understood.'") as window:
         window.wait_for("ready", "send")
-        window.paste("evil " + ALL.replace("\x1b[201~", ""))
+        window.paste("evil " + ALL.replace("@", ""))  # with it, a file would be meant
         window.wait_for("EVIL")
         window.type(ENTER)
-        window.wait_for("ok")
+        window.wait_for("Understood.")
         window.wait_until_still()
         assert_harmless(window)
 
@@ -188,9 +188,9 @@ def test_killed_at_any_moment_nothing_that_was_kept_is_lost(seed: int):
 def test_a_home_that_cannot_be_written_is_said_and_no_crash(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with scripted("'ok', store=ChatStore.open_or_temporary()", env={"QWEN2_LOCAL_HOME": str(blocked / "home")}) as window:
+    with scripted("'Understood.', store=ChatStore.open_or_temporary()", env={"QWEN2_LOCAL_HOME": str(blocked / "home")}) as window:
         window.wait_for("ready", "send")
         window.type("Hello." + ENTER)
-        window.wait_for("ok")
+        window.wait_for("Understood.")
         window.type(ctrl("q"))
         assert window.end() == 0
