@@ -21,7 +21,8 @@ from qwen2_local.options import settle
 from qwen2_local.types import Sampling
 from qwen2_tui import settings_edit
 from qwen2_tui.fields import CHAT, LOOK, MODEL, Field
-from qwen2_tui.settings import ChatSettings, ModelSettings, Settings, SettingsFile, differing, understood, with_options
+from qwen2_tui.settings import ChatSettings, ModelSettings, Settings, SettingsFile, differing, with_options
+from qwen2_tui.settings_read import understood
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 LINE = st.text(st.sampled_from(string.ascii_letters + " .\"'#[]=\\é河🦆"), min_size=1, max_size=20).map(str.strip).filter(bool)

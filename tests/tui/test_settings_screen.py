@@ -11,7 +11,8 @@ from textual.widgets import Tabs, TextArea
 from qwen2_local import paths
 from qwen2_local.chats import ChatStore
 from qwen2_tui.fields import CHAT, LOOK, MODEL
-from qwen2_tui.screens.settings import SECTIONS, SettingsScreen
+from qwen2_tui.screens.sections import SECTIONS
+from qwen2_tui.screens.settings import SettingsScreen
 from qwen2_tui.settings import ChatSettings, ModelSettings, Settings, SettingsFile, applied
 from qwen2_tui.widgets.dialogs import Ask, Choose, Confirm, Line
 from qwen2_tui.widgets.fieldrow import FieldRow, Pick

@@ -15,8 +15,9 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
-from qwen2_tui.widgets.chatlist import ChatList, ago, around, fitted
+from qwen2_tui.widgets.chatlist import ChatList
 from qwen2_tui.widgets.dialogs import Line
+from qwen2_tui.widgets.rowtext import ago, around, fitted
 from qwen2_tui.widgets.sidebar import Sidebar
 from tests.tui.pilot import make_app, running, screen_text, wait_for_text, wait_until
 

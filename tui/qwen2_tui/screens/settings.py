@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -17,11 +17,11 @@ from textual.widgets import ContentSwitcher, Footer, Static, Tab, Tabs
 
 from qwen2_local.sanitize import clean_line
 from qwen2_tui.events import HostChanged, SettingsChanged
-from qwen2_tui.fields import CHAT, LOOK, MODEL, Field, Value
+from qwen2_tui.fields import Value
 from qwen2_tui.keys import bind
 from qwen2_tui.model import DEFAULT
+from qwen2_tui.screens.sections import SECTIONS, contents
 from qwen2_tui.settings import ChatSettings, Settings
-from qwen2_tui.theme import OURS
 from qwen2_tui.widgets.dialogs import Choice, Choose
 from qwen2_tui.widgets.fieldrow import FieldRow
 from qwen2_tui.widgets.keylist import KeyList
@@ -30,16 +30,6 @@ from qwen2_tui.widgets.topline import TopLine
 
 if TYPE_CHECKING:
     from qwen2_tui.app import QwenApp
-
-SECTIONS = {"chat": "this chat", "new": "every new chat", "model": "model", "presets": "presets", "look": "look", "keys": "keys"}
-_WORDS = {
-    "chat": "How replies are asked for in this chat. An empty value is the model's own.",
-    "new": "What every new chat begins with, and every chat has that has nothing else.",
-    "model": "Which model, and how it is loaded. When one of these changes, the model is loaded anew.",
-    "presets": "Settings of a chat under a name. Enter shows what can be done with one.",
-    "look": "How the app looks.",
-    "keys": "Enter asks for other keys, which hold at once. A dot marks those that are not the usual ones.",
-}
 
 
 class SettingsScreen(Screen[None]):
@@ -95,56 +85,9 @@ class SettingsScreen(Screen[None]):
             section.mount_all(self._filled(name))
 
     def _filled(self, name: str) -> list[Widget]:
-        contents = list(self._contents(name))
-        self._made[name] = [one for one in contents if isinstance(one, FieldRow)]
-        return contents
-
-    def _contents(self, name: str) -> Iterable[Widget]:
-        yield Static(_WORDS[name], classes="words", markup=False)
-        match name:
-            case "chat":
-                yield from self._chat_rows(self.qwen.chat_screen.chat_settings, base=self.qwen.settings.chat)
-            case "new":
-                yield from self._chat_rows(self.qwen.settings.chat, base=None)
-            case "model":
-                for one in MODEL:
-                    names = ("guide", *self._installed()) if one.name in ("model", "draft") else ()
-                    note = f"Installed: {', '.join(names)}." if one.name == "model" else ""
-                    yield FieldRow(one, getattr(self.qwen.settings.model, one.name), note=note, suggestions=names)
-            case "presets":
-                yield Presets()
-            case "look":
-                for one in LOOK:
-                    themes = [*OURS, *sorted(set(self.qwen.available_themes) - set(OURS.values()))] if one.name == "theme" else ()
-                    yield FieldRow(one, getattr(self.qwen.settings, one.name), choices=themes)
-            case "keys":
-                yield KeyList()
-
-    def _chat_rows(self, chat: ChatSettings, *, base: ChatSettings | None) -> Iterable[FieldRow]:
-        """base: what every new chat has, where this is one chat."""
-        fixed = base is not None and not self.qwen.chat_screen.session.conversation.empty
-        for one in CHAT:
-            value, note = getattr(chat, one.name), ""
-            if one.name == "system" and fixed:
-                first = self.qwen.chat_screen.session.conversation.messages[0]
-                value = first.text if first.role == "system" else None
-                note = "A chat keeps the one that it began with; the next one may have another."
-            elif base is not None and getattr(base, one.name) not in (None, False):
-                note = f"Every new chat: {clean_line(one.show(getattr(base, one.name)))[:60]}."
-            yield FieldRow(one, value, unset=self._unset(one), note=note, fixed=one.name == "system" and fixed)
-
-    def _unset(self, one: Field) -> str:
-        """What holds where nothing is given, with the loaded model's own value."""
-        model = self.qwen.host.model
-        own = None
-        if model is not None and one.unset == "the model's own":
-            own = model.default_system if one.name == "system" else getattr(model.sampling, one.name)
-        return one.unset if own is None else f"{one.unset}: {clean_line(one.show(own))}"
-
-    def _installed(self) -> Sequence[str]:
-        from qwen2_local.store import Store
-
-        return [clean_line(one.name) for one in Store().list()]
+        widgets = list(contents(self.qwen, name))
+        self._made[name] = [one for one in widgets if isinstance(one, FieldRow)]
+        return widgets
 
     # What was changed
 
