@@ -140,11 +140,11 @@ def test_a_superseded_conversion_ends_at_its_next_report():
 
 
 def test_a_failed_load_says_what_and_what_next():
-    stage = Stage(ScriptedLoader(fails=[DoesNotFit("7b needs 5.3 GB,\x1b[31m but there are 2.0.", hint="Take a smaller one.")]))
+    stage = Stage(ScriptedLoader(fails=[DoesNotFit("it needs 5.3 GB,\x1b[31m but there are 2.0.", hint="Take a smaller one.")]))
     stage.host.load(LoadWish("7b"))
     stage.until(lambda: stage.host.state.phase == "failed")
     state = stage.host.state
-    assert (state.words, state.hint, state.crashed) == ("7b needs 5.3 GB,[31m but there are 2.0.", "Take a smaller one.", False)
+    assert (state.words, state.hint, state.crashed) == ("It needs 5.3 GB,[31m but there are 2.0.", "Take a smaller one.", False)
     assert stage.host.model is None
 
 

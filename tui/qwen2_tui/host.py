@@ -74,7 +74,7 @@ class Host:
     def crash(self, error: Qwen2LocalError) -> None:
         """Its process died, as whoever was reading found out."""
         if self.state.phase == "ready":
-            self._set(HostState("failed", self.state.wish, clean_line(error.what), clean(error.hint), crashed=True))
+            self._set(HostState("failed", self.state.wish, _sentence(error.what), clean(error.hint), crashed=True))
 
     def memory(self) -> int:
         """Bytes of memory that the model's process holds; 0 where that is not known. At most a second old."""
@@ -119,7 +119,7 @@ class Host:
             except Cancelled:
                 return
             except Qwen2LocalError as error:
-                failed = HostState("failed", wish, clean_line(error.what), clean(error.hint))
+                failed = HostState("failed", wish, _sentence(error.what), clean(error.hint))
                 self._on_ui(lambda: self._done(turn, failed))
                 return
             except Exception as error:
@@ -171,6 +171,12 @@ def resident(pid: int) -> int:
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, timeout=5, check=True).stdout) * 1024
     return 0
+
+
+def _sentence(text: str) -> str:
+    """An error's words, which begin small behind "error:", by themselves."""
+    text = clean_line(text)
+    return text[:1].upper() + text[1:]
 
 
 def _resident(pid: int) -> int:
