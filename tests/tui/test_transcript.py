@@ -12,8 +12,9 @@ from textual.geometry import Offset
 from textual.pilot import Pilot
 from textual.selection import SELECT_ALL, Selection
 
+from qwen2_tui.widgets.drawing import HINT
 from qwen2_tui.widgets.flow import FOOT, HEAD, Flow, Place
-from qwen2_tui.widgets.transcript import HINT, Transcript, Turn
+from qwen2_tui.widgets.transcript import Transcript, Turn
 
 REPLY = "Some **bold** words.\n\n- one\n- two\n\n```python\nx = 1\n```\n\nThe end."
 
@@ -241,7 +242,7 @@ async def test_resizing_keeps_the_place() -> None:
     turns = [reply("".join(f"{number}-{word} " for word in range(60)), number) for number in range(30)]
     async with shown(turns) as (pilot, transcript):
         await pilot.press("pageup", "pageup")
-        transcript.scroll_to(y=transcript._flow.start(20) + 5)
+        transcript.scroll_to(y=transcript.flow.start(20) + 5)
         before = rows(transcript)
         for width in (40, 100, 33, 140):
             await pilot.resize_terminal(width, 20)
@@ -442,7 +443,7 @@ async def test_two_thousand_messages_open_at_once() -> None:
         await pilot.pause()
         assert time.process_time() - began < 1.0
         assert rows(transcript)[-2] == "The end."
-        assert sum(shown.opened for shown in transcript._flow._shown) < 10
+        assert sum(shown.opened for shown in transcript.flow._shown) < 10
         began = time.process_time()
         transcript.scroll_to(y=transcript.virtual_size.height // 2)
         rows(transcript)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import accumulate
 
 from qwen2_tui.markdown.blocks import Block, Blocks, plain
 from qwen2_tui.markdown.render import Line, estimate, render
@@ -26,7 +25,7 @@ class Document:
         self._heights: list[int] = []
         self._made: list[list[Line]] = []  # the lines that blocks from `_firm` on had before more came
         self._firm = 0
-        self._starts: list[int] | None = None
+        self._starts = [0]  # the first line of each block, as far as known
         self._rendered = 0
         if self._source is not None:
             self.feed(text)
@@ -59,8 +58,8 @@ class Document:
     def _extend(self, blocks: list[Block]) -> None:
         self._blocks += blocks
         self._lines += [None] * len(blocks)
+        del self._starts[len(self._heights) + 1 :]
         self._heights += [estimate(block, self._width) for block in blocks]
-        self._starts = None
 
     def resize(self, width: int) -> None:
         """Another width: nothing of the lines holds any more."""
@@ -81,9 +80,10 @@ class Document:
         return len(self._blocks)
 
     def _begins(self) -> list[int]:
-        if self._starts is None:
-            self._starts = list(accumulate(self._heights, initial=0))
-        return self._starts
+        starts = self._starts
+        for height in self._heights[len(starts) - 1 :]:
+            starts.append(starts[-1] + height)
+        return starts
 
     def place(self, line: int) -> tuple[int, int]:
         """The block that the line is in, and which line of the block it is."""
@@ -105,8 +105,6 @@ class Document:
         changed = False
         for block in range(self.place(first)[0], self.place(last - 1)[0] + 1):
             changed = self.render(block) or changed
-        if changed:
-            self._starts = None
         return changed
 
     def render(self, block: int) -> bool:
@@ -125,7 +123,7 @@ class Document:
         if self._heights[block] == len(lines):
             return False
         self._heights[block] = len(lines)
-        self._starts = None
+        del self._starts[block + 1 :]
         return True
 
     def _forget(self, near: int) -> None:

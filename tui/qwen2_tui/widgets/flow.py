@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from rich.cells import cell_len
@@ -61,6 +60,7 @@ class Shown:
         self.turn = turn
         self.width = width
         self._document: Document | None = None
+        self._estimate: int | None = None
         self._head = self._header()
         self._foot = [Line([(text, ink(Kind.QUIET))])] if (text := clean_line(turn.footer)) else []
 
@@ -101,6 +101,7 @@ class Shown:
         """Another width."""
         if width != self.width:
             self.width = width
+            self._estimate = None
             self._head = self._header()
             if self._document is not None:
                 self._document.resize(width)
@@ -118,6 +119,11 @@ class Shown:
     def _body(self) -> int:
         if self._document is not None:
             return self._document.height
+        if self._estimate is None:
+            self._estimate = self._estimated()
+        return self._estimate
+
+    def _estimated(self) -> int:
         text = self.turn.text
         return 1 + text.count("\n") + (len(text) if text.isascii() else 2 * len(text)) // max(min(self.width, MEASURE), 1)
 
@@ -170,7 +176,7 @@ class Flow:
     def __init__(self, turns: Iterable[Turn] = (), width: int = 80) -> None:
         self._width = width
         self._shown = [Shown(turn, width) for turn in turns]
-        self._starts: list[int] | None = None
+        self._starts = [0]  # the first line of each turn, as far as known
         self._near = range(0)
 
     def __len__(self) -> int:
@@ -187,29 +193,28 @@ class Flow:
     def append(self, turn: Turn) -> None:
         """One more turn."""
         self._shown.append(Shown(turn, self._width))
-        self._starts = None
 
     def replace(self, index: int, turn: Turn) -> None:
         """Another turn in that place."""
         before = self._shown[index]
         same = (turn.text, turn.role) == (before.turn.text, before.turn.role)
         self._shown[index] = before.turned(turn) if same else Shown(turn, self._width)
-        self._starts = None
+        self._stale(index)
 
     def truncate(self, count: int) -> None:
         """Only the first `count` turns stay."""
         del self._shown[count:]
-        self._starts = None
+        self._stale(count)
 
     def grow(self) -> None:
         """The last turn will be fed."""
         self._shown[-1].grow()
-        self._starts = None
+        self._stale(len(self) - 1)
 
     def feed(self, text: str) -> None:
         """More of the last turn."""
         self._shown[-1].document.feed(text)
-        self._starts = None
+        self._stale(len(self) - 1)
 
     def end(self, turn: Turn, fed: str) -> None:
         """The last turn is whole. fed: the text that it was fed, or began with."""
@@ -219,7 +224,7 @@ class Flow:
             self._shown[-1] = last.turned(turn)
         else:
             self._shown[-1] = Shown(turn, self._width)
-        self._starts = None
+        self._stale(len(self) - 1)
 
     def resize(self, width: int) -> bool:
         """Another width; False if it is the one that there was."""
@@ -228,19 +233,24 @@ class Flow:
         self._width = width
         for shown in self._shown:
             shown.resize(width)
-        self._starts = None
+        self._stale(0)
         return True
 
     def _open(self, turn: int) -> None:
         """Looks at the text of a turn: its height is better known then."""
         if not self._shown[turn].opened:
             _ = self._shown[turn].document
-            self._starts = None
+            self._stale(turn)
+
+    def _stale(self, turn: int) -> None:
+        """The height of a turn may be another."""
+        del self._starts[turn + 1 :]
 
     def _begins(self) -> list[int]:
-        if self._starts is None:
-            self._starts = list(accumulate((shown.height for shown in self._shown), initial=0))
-        return self._starts
+        starts = self._starts
+        for shown in self._shown[len(starts) - 1 :]:
+            starts.append(starts[-1] + shown.height)
+        return starts
 
     @property
     def height(self) -> int:
@@ -276,12 +286,12 @@ class Flow:
     def prepare(self, first: int, last: int) -> bool:
         """Renders lines from `first` to before `last`; whether any height came out other than it was taken for."""
         changed = False
-        starts = self._begins()
+        starts = self._begins().copy()
         turns = range(self.turn_at(max(first, 0)), self.turn_at(max(last - 1, 0)) + 1) if self._shown else range(0)
         for turn in turns:
             changed = self._shown[turn].prepare(first - starts[turn], last - starts[turn]) or changed
         if changed:
-            self._starts = None
+            self._stale(turns.start)
         self._keep_near(turns)
         return changed
 

@@ -11,7 +11,7 @@ COMPONENTS: dict[Kind | str, str] = {kind: f"transcript--{kind.name.lower()}" fo
 COMPONENTS |= {name: f"transcript--{name}" for name in ("inline", "link", "address", "marked", "focused", "hint")}
 
 CSS = """
-Transcript {
+Window {
     background: $background;
     color: $foreground;
     overflow-x: hidden;
