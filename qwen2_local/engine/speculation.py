@@ -122,7 +122,7 @@ class Payoff:
     MOST = 16
     """Tokens of a draft."""
 
-    _FIRST = 2
+    _FIRST = 4
     _PAUSE, _LONGEST_PAUSE = 16, 512
 
     def __init__(self) -> None:
