@@ -9,7 +9,7 @@ import pytest
 from qwen2_tui.conversation import Measure
 from qwen2_tui.live import Progress
 from qwen2_tui.widgets.limit import Offer, of_context
-from qwen2_tui.widgets.statusline import Numbers, bar, line, seconds, size
+from qwen2_tui.widgets.statusline import Numbers, bar, line, rate, seconds, size
 
 READING = Progress("reading", read=12_400, prompt=18_000, left_s=9.2)
 WRITING = Progress("writing", read=100, prompt=100, written=40, tokens_per_s=38.21, first_token_s=0.31)
@@ -73,7 +73,8 @@ def test_the_bar_is_empty_or_full_only_where_the_context_is(used, filled):
     assert bar(used, 1000) == "▓" * filled + "░" * (10 - filled)
 
 
-def test_durations_and_sizes():
+def test_speeds_durations_and_sizes():
+    assert [rate(speed) for speed in (0.44, 38.21, 99.94, 99.96, 1470.5)] == ["0.4 tok/s", "38.2 tok/s", "99.9 tok/s", "100 tok/s", "1,470 tok/s"]
     assert [seconds(time) for time in (0.04, 0.31, 9.94, 9.96, 59.4, 125, 7260)] == ["0.0 s", "0.3 s", "9.9 s", "10 s", "59 s", "2:05", "2 h 1 min"]
     assert [size(number) for number in (88_400_000, 5_140_000_000)] == ["88 MB", "5.1 GB"]
 

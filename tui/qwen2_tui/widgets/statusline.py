@@ -110,7 +110,7 @@ def _left(numbers: Numbers) -> Iterator[str]:
         yield _joined(f"reading {progress.read:,} of {progress.prompt:,} tokens", _left_of(progress))
         yield f"reading {progress.read:,} of {progress.prompt:,}"
     else:
-        speed = f"{progress.tokens_per_s:.1f} tok/s" if progress.tokens_per_s else f"{progress.written:,} token{'s' * (progress.written != 1)}"
+        speed = rate(progress.tokens_per_s) if progress.tokens_per_s else f"{progress.written:,} token{'s' * (progress.written != 1)}"
         first = f"first token {seconds(progress.first_token_s)}"
         yield _joined(speed, first, memory)
         yield _joined(speed, first)
@@ -141,6 +141,11 @@ def bar(used: int, most: int) -> str:
     if filled == _BAR and used < most:
         filled -= 1
     return "▓" * filled + "░" * (_BAR - filled)
+
+
+def rate(tokens_per_s: float) -> str:
+    """A speed: 38.2 tok/s, 1,470 tok/s."""
+    return f"{tokens_per_s:.1f} tok/s" if tokens_per_s < 99.95 else f"{tokens_per_s:,.0f} tok/s"
 
 
 def seconds(time: float) -> str:
