@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from qwen2_local import fit
 from qwen2_local.errors import BackendError, DoesNotFit, UsageError
+from qwen2_local.store import Store
 from qwen2_tui import contest
 from qwen2_tui.contest import Contender, Result
 from qwen2_tui.live import Progress
 from qwen2_tui.model import LoadWish
 from qwen2_tui.screens.compare import CompareScreen
 from qwen2_tui.widgets.side import Side
+from tests.support.installed import install
 from tests.tui.pilot import make_app, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedLoader, ScriptedModel, dies
 
@@ -213,6 +216,53 @@ async def test_one_model_with_two_settings_is_loaded_once():
         await ask(pilot)
         await over(pilot, screen)
         assert len(loader.wishes) == 1 and [options["temperature"] for options in first.options] == [0.0, 1.0]
+
+
+async def test_the_chats_model_is_not_loaded_a_second_time_by_its_full_name():
+    install(Store(), "mine:q4_0")
+    mine, guide = ScriptedModel(), ScriptedModel()
+    loader = ScriptedLoader(mine, models={"guide": guide})
+    app = make_app(loader=loader, model=mine)
+    app.opening = replace(app.opening, model="mine")
+    async with app.run_test(size=(100, 30)) as pilot:
+        screen = await opened(pilot)
+        assert [side.contender.name for side in screen.sides] == ["mine:q4_0", "guide"]
+        await ask(pilot)
+        await over(pilot, screen)
+        assert [wish.name for wish in loader.wishes] == ["mine", "guide"]
+
+
+async def test_who_leaves_while_one_is_loaded_leaves_nothing_behind():
+    first, second = ScriptedModel(), ScriptedModel()
+    loader = two(first, second)
+    app = make_app(loader=loader)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await opened(pilot)
+        loader.hold = True
+        await ask(pilot)
+        await wait_for_text(pilot, "loading guide:q4_0")
+        await pilot.press("escape")
+        await wait_for_text(pilot, "stopping")
+        app.pop_screen()
+        await pilot.pause()
+        loader.go.release()
+        await wait_until(pilot, lambda: second.closed)
+        assert not first.prompts
+
+
+async def test_a_file_is_attached_for_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("The river is quiet.")
+    first, second = ScriptedModel(), ScriptedModel()
+    app = make_app(loader=two(first, second))
+    async with app.run_test(size=(100, 30)) as pilot:
+        screen = await opened(pilot)
+        await ask(pilot, *"Sum up @notes.txt", "enter")
+        await over(pilot, screen)
+        assert "The river is quiet." in first.read and "The river is quiet." in second.read
+        await ask(pilot, *" @none.txt", "enter")
+        await wait_for_text(pilot, "There is no file none.txt")
+        assert len(first.prompts) == 1
 
 
 # Who they are, and what they need

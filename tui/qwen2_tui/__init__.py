@@ -10,7 +10,7 @@
   library    what is done with saved chats
   inventory  the models that there are, and what this machine has for them; plan: what a fetch would do
   jobs       fetches and verifications, each a child process
-  contest    two models on one prompt: who, and what came of it
+  contest    two models on one prompt: who they are; comparing: asks them
   settings   what a person chose, in a TOML file
   scoring    tokens for people: their texts, how likely they were, what else could have come
   attach     @path; clipboard: the local one and the terminal's

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -16,17 +14,14 @@ from textual.screen import Screen
 from textual.timer import Timer
 from textual.widgets import Footer, Static
 
-from qwen2_local import fit
 from qwen2_local.cli.output import gigabytes
-from qwen2_local.errors import Cancelled, Qwen2LocalError, UsageError
+from qwen2_local.errors import Qwen2LocalError, UsageError
 from qwen2_local.sanitize import clean, clean_line
-from qwen2_local.types import Message
 from qwen2_tui import contest, inventory, keys
+from qwen2_tui.comparing import Comparisons
 from qwen2_tui.contest import Contender, Result
-from qwen2_tui.host import resident
 from qwen2_tui.inventory import Installed
 from qwen2_tui.live import LiveReply
-from qwen2_tui.model import LoadWish, Model
 from qwen2_tui.pace import LEAST, Pace
 from qwen2_tui.widgets.composer import Composer
 from qwen2_tui.widgets.dialogs import Ask, Choice, Choose
@@ -36,7 +31,6 @@ from qwen2_tui.widgets.topline import TopLine
 if TYPE_CHECKING:
     from qwen2_tui.app import QwenApp
 
-_log = logging.getLogger(__name__)
 _STACKED_BELOW = 80
 _OTHER, _SETTINGS = "=other", "=settings"
 _ENDS = {"length": "cut at max_tokens", "context": "the context is full", "cancelled": "stopped"}
@@ -62,20 +56,16 @@ class CompareScreen(Screen[None]):
     def __init__(self) -> None:
         super().__init__()
         self._installed: tuple[Installed, ...] = ()
-        self._loaded: dict[LoadWish, Model] = {}
         self._prompt, self._seed = "", contest.new_seed()
         self._pace = Pace()
         self._timer: Timer | None = None
-        self._comparing = False
         self.rounds = 0
         """Comparisons that are over."""
-        self._stop = threading.Event()
-        self._memory = [0, 0]
 
     @property
     def qwen(self) -> QwenApp:
-        """The app, in threads too, and when this is closed already."""
-        return self._qwen
+        """The app."""
+        return cast("QwenApp", self.app)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -96,7 +86,7 @@ class CompareScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """The chat's model, and the next best."""
-        self._qwen = cast("QwenApp", self.app)
+        self._comparisons = Comparisons(self.qwen.host, self, self.app.call_later)
         self._say_how()
         self.query_one(Composer).focus()
         self._look()
@@ -107,12 +97,7 @@ class CompareScreen(Screen[None]):
 
     def on_unmount(self) -> None:
         """What was loaded for this goes."""
-        self._stop.set()
-        for side in self.query(Side):
-            if side.live is not None:
-                side.live.stop()
-        models, self._loaded = list(self._loaded.values()), {}
-        threading.Thread(target=_close, args=(models,), name="qwen2-local closes", daemon=True).start()
+        self._comparisons.close()
 
     # Who
 
@@ -127,7 +112,7 @@ class CompareScreen(Screen[None]):
 
     def _found(self, installed: tuple[Installed, ...]) -> None:
         self._installed = tuple(one for one in installed if one.size is not None)
-        mine = self.qwen.host.state.wish.name
+        mine = self.qwen.host.label
         others = [one.name for one in self._installed if one.name not in (mine, "guide")] or ["guide:q4_0" if mine == "guide" else "guide"]
         for side, name in zip(self.sides, (mine, others[0]), strict=True):
             if side.contender is None:
@@ -142,12 +127,12 @@ class CompareScreen(Screen[None]):
         self._choose(event.place, lambda: None)
 
     def _choose(self, place: int, then: Callable[[], None]) -> None:
-        if self._comparing:
+        if self._comparisons.busy:
             self.qwen.tell("A comparison is under way: esc stops it.")
             return
         side = self.sides[place]
         before = side.contender or Contender("guide")
-        mine = self.qwen.host.state.wish.name
+        mine = self.qwen.host.label
         choices = [Choice(one.name, one.name, self._note(one, mine)) for one in self._installed]
         choices.append(Choice(_OTHER, "another …", "a quantization of the guide (guide:q4_0), or a path"))
         choices.append(Choice(_SETTINGS, "its settings …", before.settings or "the model's own"))
@@ -185,89 +170,23 @@ class CompareScreen(Screen[None]):
 
     def action_again(self) -> None:
         """The same prompt, with another seed."""
-        if not self._comparing:
+        if not self._comparisons.busy:
             self._seed = contest.new_seed()
         self._prompt = self.query_one(Composer).text or self._prompt
         self._begin()
 
     def _begin(self) -> None:
-        contenders = tuple(side.contender for side in self.sides)
-        if self._comparing or not self._prompt.strip() or None in contenders:
+        first, second = (side.contender for side in self.sides)
+        if self._comparisons.busy or not self._prompt.strip() or first is None or second is None:
             return
         if self.qwen.chat_screen.busy:
             self._say_how("A reply is being written in the chat, and would take half of the speed. Wait for its end, or stop it.", problem=True)
             return
-        self._comparing = True
-        self._stop.clear()
         for side in self.sides:
             side.clear()
         self._say_how()
         self._timer = self.set_interval(LEAST / 2, self._draw)
-        # No thread that Textual would wait for at its end: loading cannot be broken off.
-        threading.Thread(target=self._compete, args=(contenders, self._prompt, self._seed), name="qwen2-local compares", daemon=True).start()
-
-    def _compete(self, contenders: tuple[Contender, Contender], prompt: str, seed: int) -> None:
-        """In a thread: load what is missing, then one after the other."""
-        problem = ""
-        try:
-            models = self._load(contenders)
-            for side, contender, model in zip(self.sides, contenders, models, strict=True):
-                if self._stop.is_set():
-                    break
-                self._ask(side, contender, model, prompt, seed)
-        except Cancelled:
-            pass
-        except Qwen2LocalError as error:
-            problem = str(error)
-        except Exception as error:
-            _log.exception("comparing")
-            problem = f"{type(error).__name__}: {error}"
-        finally:
-            self.qwen.call_later(self._over, problem)
-
-    def _load(self, contenders: tuple[Contender, Contender]) -> list[Model]:
-        """The models of both; those of earlier comparisons that are no longer wanted go first. Raises DoesNotFit, and what loading raises."""
-        wanted = [contender.wish for contender in contenders if self._hosted(contender) is None]
-        for wish in [wish for wish in self._loaded if wish not in wanted]:
-            self._loaded.pop(wish).close()
-        missing = list(dict.fromkeys(wish for wish in wanted if wish not in self._loaded))
-        if missing:
-            contest.require_room(missing, fit.machine_memory(), contest.memory_of)
-        for wish in missing:
-            self.qwen.call_later(self._say_how, f"loading {wish.name} …")
-            model = self.qwen.host.beside(wish, self._report)
-            if self._stop.is_set():
-                model.close()
-                raise Cancelled("Stopped.")
-            self._loaded[wish] = model
-            # What is read for the first time comes from the disk: that is not the model's speed. No chat begins like this text.
-            for _ in model.write(model.tokenizer.encode("Hi"), max_tokens=1, persist=False):
-                pass
-        self.qwen.call_later(self._say_how)
-        return [self._hosted(contender) or self._loaded[contender.wish] for contender in contenders]
-
-    def _hosted(self, contender: Contender) -> Model | None:
-        """The chat's model, if it is that one."""
-        host = self.qwen.host
-        return host.model if host.state.phase == "ready" and not contender.loads and contender.name == host.state.wish.name else None
-
-    def _report(self, what: str, done: int, total: int) -> None:
-        if self._stop.is_set():
-            raise Cancelled("Stopped.")
-        if total:
-            self.qwen.call_later(self._say_how, f"{what} {done / total:.0%}")
-
-    def _ask(self, side: Side, contender: Contender, model: Model, prompt: str, seed: int) -> None:
-        """Waits for its end."""
-        live = LiveReply(lambda tell: model.respond([Message("user", prompt)], seed=seed, persist=False, progress=tell, **contender.says))
-        self.qwen.call_later(side.begin, live)
-        over = False
-        while not over:
-            over = live.wait(0.2)
-            if self._stop.is_set():
-                live.stop()
-            self._memory[side.place] = resident(model.pid) if model.pid is not None else 0
-        self.qwen.call_later(self._ended, side)
+        self._comparisons.begin((first, second), self._prompt, self._seed)
 
     def _result(self, side: Side) -> Result:
         live, name = side.live, side.contender.name if side.contender is not None else ""
@@ -275,7 +194,7 @@ class CompareScreen(Screen[None]):
             return Result()
         size = next((one.size or 0 for one in self._installed if one.name == name), 0)
         done = live.completion
-        return Result(live.progress(), self._memory[side.place], size, _ENDS.get(done.finish_reason, "") if done is not None else "")
+        return Result(live.progress(), self._comparisons.memory[side.place], size, _ENDS.get(done.finish_reason, "") if done is not None else "")
 
     def _draw(self) -> None:
         if self._pace.wait() == 0.0:
@@ -284,18 +203,30 @@ class CompareScreen(Screen[None]):
                 if side.live is not None and not side.live.over:
                     side.draw(self._result(side))
 
-    def _ended(self, side: Side) -> None:
-        if self.is_attached:
-            side.end(self._result(side))
+    # What is told of it
 
-    def _over(self, problem: str) -> None:
-        self._comparing = False
+    def said(self, words: str) -> None:
+        """What goes on."""
+        if self.is_attached:
+            self._say_how(words)
+
+    def began(self, place: int, live: LiveReply) -> None:
+        """A reply is on its way."""
+        if self.is_attached:
+            self.sides[place].begin(live)
+
+    def ended(self, place: int) -> None:
+        """A reply is over."""
+        if self.is_attached:
+            self.sides[place].end(self._result(self.sides[place]))
+
+    def over(self, problem: str) -> None:
+        """All is over."""
         self.rounds += 1
-        if not self.is_attached:
-            return
-        if self._timer is not None:
-            self._timer.stop()
-        self._say_how(problem, problem=bool(problem))
+        if self.is_attached:
+            if self._timer is not None:
+                self._timer.stop()
+            self._say_how(problem, problem=bool(problem))
 
     def action_back(self) -> None:
         """Stop; then close."""
@@ -304,21 +235,17 @@ class CompareScreen(Screen[None]):
 
     def stop(self) -> bool:
         """Ends the comparison that is under way. False: there is none."""
-        if self._comparing:
-            self._stop.set()
+        busy = self._comparisons.busy
+        if busy:
+            self._comparisons.stop()
             self._say_how("stopping …")
-        return self._comparing
+        return busy
 
     def _say_how(self, words: str = "", *, problem: bool = False) -> None:
         one = f" · {clean_line(self._prompt)}" if self._prompt else ""
         how = self.query_one("#how", Static)
         how.set_class(problem, "-problem")
         how.update(clean(words) or f"seed {self._seed} · one after the other: true speeds{one}")
-
-
-def _close(models: list[Model]) -> None:
-    for model in models:
-        model.close()
 
 
 def _fault(contender: Contender, text: str) -> str:

@@ -105,7 +105,7 @@ class ModelsScreen(Screen[None]):
             whose = "This machine: " if self.size.width >= MIDDLE else ""
             memory = f"{found.memory.total // 10**8 / 10:.1f} GB of memory, {found.memory.available // 10**8 / 10:.1f} free"
             self.query_one("#machine", Static).update(f"{whose}{memory} · disk {gigabytes(found.disk_free)} free")
-            self.lines.show(found, self.qwen.jobs.jobs, self._used(found))
+            self.lines.show(found, self.qwen.jobs.jobs, self.qwen.host.label)
             self._describe()
 
     def on_resize(self) -> None:
@@ -122,13 +122,6 @@ class ModelsScreen(Screen[None]):
         self._describe()
         if event.job.state in ("done", "cancelled"):
             self._look()
-
-    def _used(self, found: Inventory) -> str:
-        """The model that chats now, by the name that it has in the list."""
-        name = self.qwen.host.state.wish.name.lower()
-        names = [one.name for one in found.installed]
-        ours = [one for one in names if one.startswith(f"{name}:")]
-        return name if name in names else ours[0] if len(ours) == 1 else name
 
     @on(OptionList.OptionHighlighted)
     def _describe(self) -> None:
@@ -236,9 +229,9 @@ class ModelsScreen(Screen[None]):
     def action_remove(self) -> None:
         """Ask first, with what it frees."""
         row, _ = self.selected
-        if not isinstance(row, Installed) or row.built_in or self.lines.inventory is None:
+        if not isinstance(row, Installed) or row.built_in:
             return
-        if row.name == self._used(self.lines.inventory):
+        if row.name == self.qwen.host.label:
             self.qwen.tell(f"{row.name} is in use here. Switch to another model first.", problem=True)
         else:
             self._ask_to_remove(row)
