@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from qwen2_tui.markdown.blocks import COLUMNS, DEPTH, LINE, ROWS, TEXT, Block, Blocks, cells, plain
+from qwen2_tui.markdown.blocks import DEPTH, LINE, ROWS, TEXT, Block, Blocks, plain
+from qwen2_tui.markdown.lines import COLUMNS, cells
 
 SAMPLE = """# Rivers
 

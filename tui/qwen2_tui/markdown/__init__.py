@@ -1,5 +1,6 @@
 """Markdown for a terminal, as it streams in: text to blocks, blocks to lines. Knows nothing of widgets, screens or colours.
 
+  lines      what one line may begin
   blocks     text -> blocks, line by line: what is settled never changes again, wherever a stream was cut
   inline     emphasis, code, links of a block -> runs of text with an ink
   wrap       runs -> lines of a width, in cells

@@ -8,16 +8,16 @@ reference definitions; a line without a bar ends a table; lines, blocks and nest
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from qwen2_tui.markdown.lines import BLANK, FENCE, HEADING, ITEM, QUOTE, RULE, TASK, UNDERLINE, begins_table, closes, dedent, foreseen, indent, title
 
 LINE = 4096  # characters of a line that are looked at together
 TEXT = 4096  # characters of a paragraph
 ROWS = 100  # lines of a block
 CODE = 6000  # characters of code
 DEPTH = 12  # quotes and items around a block
-COLUMNS = 50
 
 Shape = Literal["text", "plain", "heading", "code", "table", "rule"]
 
@@ -56,18 +56,6 @@ class Block:
     growing: bool = False
 
 
-_BLANK = re.compile(r"[ \t]*$")
-_QUOTE = re.compile(r" {0,3}> ?")
-_ITEM = re.compile(r"([-+*]|(\d{1,9})([.)]))(?:([ \t]+)(?=\S)|[ \t]*$)")
-_TASK = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
-_RULE = re.compile(r" {0,3}([-_*])[ \t]*(?:\1[ \t]*){2,}$")
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+|$)")
-_UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
-_FENCE = re.compile(r"( {0,3})(`{3,})([^`]*)$|( {0,3})(~{3,})(.*)$")
-_DELIMITER = re.compile(r":?-+:?$")
-_PIPE = re.compile(r"(?<!\\)\|")
-_ITEM_SIGN = re.compile(r"([ \t]*(?:[-+*]|\d{1,9}[.)])[ \t]+)(?:[-+*]|`{1,2}|~{1,2})$")
-_BAR = re.compile(r"\|[ \t]*[^|\s-]")
 _BULLETS = "•◦▪"
 _TASKS = {" ": "☐", "x": "☑", "X": "☑"}
 
@@ -85,51 +73,6 @@ def plain(text: str) -> list[Block]:
             lines.append(piece)
             size += len(piece)
     return [*found, Block("plain", lines=lines, gap=False, joined=bool(found))]
-
-
-def cells(row: str) -> list[str]:
-    """The cells of a table's row."""
-    row = row.strip()
-    row = row.removeprefix("|")
-    if row.endswith("|") and not row.endswith("\\|"):
-        row = row[:-1]
-    return [cell.strip().replace("\\|", "|") for cell in _PIPE.split(row)]
-
-
-def _below(head: str) -> str:
-    """A line that makes `head` the head of a table."""
-    return "|" + "---|" * len(cells(head))
-
-
-def dedent(line: str, columns: int) -> str:
-    """`line` without up to `columns` columns of space at its start; what a tab stands for beyond them stays, as spaces."""
-    column = 0
-    for at, character in enumerate(line):
-        if column >= columns or character not in " \t":
-            return " " * (column - columns) + line[at:]
-        column += 1 if character == " " else 4 - column % 4
-    return " " * (column - columns)
-
-
-def _title(text: str) -> str:
-    """What a heading says, without the signs that may close it."""
-    text = text.strip(" \t")
-    bare = text.rstrip("#")
-    return bare.rstrip(" \t") if not bare or bare[-1] in " \t" else text
-
-
-def _indent(line: str) -> int:
-    """Columns of space at the start."""
-    bare = line.lstrip(" ")
-    column = len(line) - len(bare)
-    for character in bare:
-        if character == "\t":
-            column += 4 - column % 4
-        elif character == " ":
-            column += 1
-        else:
-            break
-    return column
 
 
 class Blocks:
@@ -174,31 +117,26 @@ class Blocks:
         ahead.settled = before.copy()
         if self._leaf is not None:
             ahead._leaf = replace(self._leaf, lines=self._leaf.lines.copy())
-        ahead._guess()
+        ahead._foresee()
         ahead.finish()
         blocks = ahead.settled[len(before) :]
         if blocks:
             blocks[-1].growing = True
         return blocks
 
-    def _guess(self) -> None:
-        """Takes the start of a line for what it will most likely be, so that what is seen does not change back and forth."""
+    def _foresee(self) -> None:
+        """Takes the line that has not ended for what it will be."""
         leaf = self._leaf
-        if leaf is not None and leaf.shape == "code" and self._fence and not self._rest.strip(" \t>" + self._fence[0]):
-            self._rest = self._rest if self._fence in self._rest else ""  # what ends the code
-        if self._midline or (leaf is not None and leaf.shape == "code"):
+        if self._midline or not (leaf is None or leaf.shape in ("text", "table", "code")):
             return
-        rest = self._rest.strip(" \t>")
-        paragraph = leaf.lines[-1] if leaf is not None and leaf.shape == "text" else ""
-        if rest in ("`", "``", "~", "~~") or (paragraph and rest and not rest.strip("-=*_+")):
-            self._rest = ""  # a fence; an item, a rule or what makes a heading of the paragraph
-        elif match := _ITEM_SIGN.match(self._rest):
-            self._rest = match[1]
-        elif _BAR.match(paragraph) and not rest.strip("|:- \t"):
-            self._rest = _below(paragraph)
-        elif _BAR.match(rest) and leaf is None and self._rest.startswith("|"):
-            self._take(self._rest)
-            self._rest = _below(rest)
+        line, self._rest = self._rest, ""
+        if leaf is None or leaf.shape != "code":
+            paragraph = "" if leaf is None else leaf.lines[-1] if leaf.shape == "text" else None
+            *lines, self._rest = foreseen(line, paragraph) or [""]
+            for one in lines:
+                self._take(one)
+        elif not self._fence or line.strip(" \t>" + self._fence[0]) or self._fence in line:
+            self._rest = line  # all but the start of what ends the code
 
     def _physical(self, line: str) -> None:
         while len(line) > LINE:
@@ -233,7 +171,7 @@ class Blocks:
         whole = depth == len(self._frames)
         if leaf is not None and leaf.shape == "code" and whole and self._in_code(rest):
             return
-        if _BLANK.match(rest):
+        if BLANK.match(rest):
             self._close()
             if not whole:
                 self._drop(depth)
@@ -248,10 +186,10 @@ class Blocks:
             opened = False
             if depth < DEPTH:
                 rest, depth, opened = self._frame(rest, depth)
-        if _BLANK.match(rest):
+        if BLANK.match(rest):
             return  # an item or a quote without anything yet
         whole = depth == len(self._frames)
-        if _indent(rest) < 4 and self._begins(rest, depth, whole):
+        if indent(rest) < 4 and self._begins(rest, depth, whole):
             return
         leaf = self._leaf
         if leaf is not None and leaf.shape == "text":
@@ -262,7 +200,7 @@ class Blocks:
             return
         self._close()
         self._drop(depth)
-        if _indent(rest) >= 4:
+        if indent(rest) >= 4:
             self._open(Block("code", lines=[dedent(rest, 4)]))
             self._fence, self._fence_indent = "", 4
         else:
@@ -273,12 +211,12 @@ class Blocks:
         rest = line
         for depth, frame in enumerate(self._frames):
             if frame.mark:
-                if not _BLANK.match(rest):
-                    if _indent(rest) < frame.indent:
+                if not BLANK.match(rest):
+                    if indent(rest) < frame.indent:
                         return rest, depth
                     rest = dedent(rest, frame.indent)
             else:
-                match = _QUOTE.match(rest)
+                match = QUOTE.match(rest)
                 if match is None:
                     return rest, depth
                 rest = rest[match.end() :]
@@ -288,15 +226,15 @@ class Blocks:
         """Takes a line of open code; False if it ends indented code, and is something else."""
         assert self._leaf is not None
         if self._fence:
-            if _indent(rest) < 4 and rest.strip(" \t").startswith(self._fence) and not rest.strip(" \t").strip(self._fence[0]):
+            if closes(rest, self._fence):
                 self._close()
             else:
                 self._append(dedent(rest, self._fence_indent))
             return True
-        if _BLANK.match(rest):
+        if BLANK.match(rest):
             self._blanks += 1
             return True
-        if _indent(rest) < 4:
+        if indent(rest) < 4:
             return False
         for _ in range(self._blanks):
             self._append("")
@@ -306,23 +244,21 @@ class Blocks:
 
     def _frame(self, rest: str, depth: int) -> tuple[str, int, bool]:
         """Opens the quote or item that `rest` begins with, if it does."""
-        indent = _indent(rest)
-        if indent >= 4 and self._leaf is not None and self._leaf.shape == "text":
-            return rest, depth, False
+        space_before = indent(rest)
         bare = rest.lstrip(" \t")
-        if indent >= 4 or not bare:
+        if space_before >= 4 or not bare:
             return rest, depth, False
         if bare[0] == ">":
             self._push(Frame(), depth)
             return bare[2:] if bare[1:2] == " " else bare[1:], depth + 1, True
-        match = _ITEM.match(bare)
-        if match is None or _RULE.match(bare):
+        match = ITEM.match(bare)
+        if match is None or RULE.match(bare):
             return rest, depth, False
         sign, number, delimiter, space = match.groups()
         paragraph = self._leaf is not None and self._leaf.shape == "text" and depth == len(self._frames)
         if paragraph and (space is None or (number is not None and int(number) != 1)):
             return rest, depth, False  # more likely a number or a minus that happens to begin a line
-        width = _indent(" " * (indent + len(sign)) + (space or " ")) - indent - len(sign)
+        width = indent(" " * (space_before + len(sign)) + (space or " ")) - space_before - len(sign)
         width = width if 1 <= width <= 4 and space is not None else 1
         sort = delimiter or sign
         before = self._frames[depth] if depth < len(self._frames) else None
@@ -331,50 +267,47 @@ class Blocks:
         content = dedent(bare[len(sign) :], width) if space is not None else ""
         items = sum(1 for frame in self._frames[:depth] if frame.mark)
         mark = f"{place}{delimiter}" if number is not None else _BULLETS[items % len(_BULLETS)]
-        task = _TASK.match(content)
+        task = TASK.match(content)
         if task is not None:
             mark, content = _TASKS[task[1]], content[task.end() :]
-        self._push(Frame(mark, indent + len(sign) + width, sort, place, first=not follows), depth)
+        self._push(Frame(mark, space_before + len(sign) + width, sort, place, first=not follows), depth)
         return content, depth + 1, bool(content)
 
     def _begins(self, rest: str, depth: int, whole: bool) -> bool:
         """Takes a line that is a leaf of its own, or begins one that is no paragraph."""
         leaf = self._leaf
         paragraph = leaf is not None and leaf.shape == "text" and whole and not leaf.joined
-        if paragraph and leaf is not None and _UNDERLINE.match(rest):
+        if paragraph and leaf is not None and UNDERLINE.match(rest):
             leaf.shape, leaf.level = "heading", 1 if "=" in rest else 2
             self._close()
             return True
         if paragraph and leaf is not None and self._table(leaf, rest):
             return True
-        if _RULE.match(rest):
+        if RULE.match(rest):
             self._close()
             self._drop(depth)
             self._open(Block("rule"))
             self._close()
             return True
-        if match := _HEADING.match(rest):
+        if match := HEADING.match(rest):
             self._close()
             self._drop(depth)
-            self._open(Block("heading", lines=[_title(rest[match.end() :])], level=len(match[1])))
+            self._open(Block("heading", lines=[title(rest[match.end() :])], level=len(match[1])))
             self._close()
             return True
-        if match := _FENCE.match(rest):
+        if match := FENCE.match(rest):
             self._close()
             self._drop(depth)
-            indent, fence, info = match.group(1, 2, 3) if match[2] else match.group(4, 5, 6)
+            before, fence, info = match.group(1, 2, 3) if match[2] else match.group(4, 5, 6)
             self._open(Block("code", info=info.strip(" \t")))
-            self._fence, self._fence_indent = fence, len(indent)
+            self._fence, self._fence_indent = fence, len(before)
             return True
         return False
 
     def _table(self, leaf: Block, rest: str) -> bool:
         """Makes a table of the open paragraph's last line, if `rest` is the line below its head."""
         head = leaf.lines[-1]
-        if "-" not in rest or "|" not in rest + head:
-            return False
-        below = cells(rest)
-        if not len(below) == len(cells(head)) <= COLUMNS or not all(map(_DELIMITER.match, below)):
+        if not begins_table(head, rest):
             return False
         if len(leaf.lines) > 1:
             leaf.lines.pop()

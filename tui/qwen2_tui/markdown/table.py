@@ -8,9 +8,9 @@ from typing import Literal
 
 from rich.cells import cell_len
 
-from qwen2_tui.markdown.blocks import cells
 from qwen2_tui.markdown.ink import BOLD, Kind, Run, ink
 from qwen2_tui.markdown.inline import runs
+from qwen2_tui.markdown.lines import cells
 from qwen2_tui.markdown.wrap import wrap
 
 Side = Literal["left", "center", "right"]
