@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Input, TextArea
@@ -77,6 +78,20 @@ class Everywhere(App[None]):
         from qwen2_tui.screens.help import HelpScreen
 
         self._open(HelpScreen)
+
+    def action_command_palette(self) -> None:
+        """All commands, by name."""
+        self.open_palette(list(self.get_system_commands(self.screen)))
+
+    def open_palette(self, commands: Sequence[SystemCommand]) -> None:
+        """To find one of these, and do it."""
+        from qwen2_tui.screens.palette import PaletteScreen
+
+        self.push_screen(PaletteScreen(commands))
+
+    def action_change_theme(self) -> None:
+        """To choose one of all the themes that there are."""
+        self.open_palette([SystemCommand(name, "", partial(setattr, self, "theme", name)) for name in sorted(self.available_themes)])
 
     def show_chat(self) -> ChatScreen:
         """Close what is open over the chat."""
