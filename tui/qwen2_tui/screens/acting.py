@@ -11,7 +11,6 @@ from textual.app import SystemCommand
 
 from qwen2_local.chats.attached import split
 from qwen2_local.errors import Qwen2LocalError
-from qwen2_tui import summary
 from qwen2_tui.conversation import Conversation, Plan
 from qwen2_tui.screens.writing import Task
 from qwen2_tui.session import Session
@@ -178,6 +177,8 @@ class Acting:
 
     def _write_summary(self, conversation: Conversation, model: Model) -> None:
         """In a thread."""
+        from qwen2_tui import summary
+
         text = ""
         try:
             stream = self._summary = summary.begin(model, conversation.messages)
@@ -196,6 +197,8 @@ class Acting:
         screen.writing.say("")
         if not text or conversation is not self._conversation:
             return
+        from qwen2_tui import summary
+
         first = conversation.messages[0]
         system = summary.system_with(text, first.text if first.role == "system" else screen.qwen.settings.chat.system)
         draft = screen.composer.text

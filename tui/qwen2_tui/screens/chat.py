@@ -193,6 +193,7 @@ class ChatScreen(ChatLayout):
     def on_settings_changed(self, event: SettingsChanged) -> None:
         """An empty chat begins as the settings say now."""
         self.sidebar.shown = event.settings.sidebar
+        self.composer.name_keys()
         self._renew()
 
     def _renew(self) -> None:

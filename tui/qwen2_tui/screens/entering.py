@@ -135,7 +135,7 @@ class Entering:
         screen = self._screen
         conversation = screen.session.conversation
         broken = conversation.broken()
-        if broken and screen.offers.offer is None and not screen.busy and screen.writing.waiting is None:
+        if broken and screen.offers.offer is None and not screen.busy and not screen.writing.waiting:
             asked = conversation.messages[-1].role == "user"
             choices = (Choice("retry", "answer it"),) if asked else (Choice("continue", "go on with it"), Choice("retry", "write another"))
             screen.offers.show(Offer("broken", broken, (*choices, _LEAVE)))
@@ -189,7 +189,6 @@ class Entering:
             return
         screen.writing.count()
         screen.gauges.show()
-        waiting = screen.writing.waiting
-        if waiting is not None:
-            screen.writing.waiting = None
-            screen.sending.send(waiting)
+        if screen.writing.waiting:
+            screen.writing.give_up()
+            screen.composer.action_send()

@@ -33,7 +33,7 @@ class Sending:
         elif host.state.phase == "failed" and not host.state.crashed:
             screen.qwen.tell(f"There is no model: {host.state.words}", problem=True)
         else:
-            screen.writing.wait(text)
+            screen.writing.wait()
             if host.state.crashed:
                 host.restart(safe=host.state.wish.safe)
 

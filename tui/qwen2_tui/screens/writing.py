@@ -42,8 +42,8 @@ class Writing:
         self._screen = screen
         self._composer = screen.composer
         self.task = _NEW
-        self.waiting: str | None = None
-        """A message that is sent as soon as there is a model."""
+        self.waiting = False
+        """Is the message to be sent as soon as there is a model?"""
         self.counted: str | None = None
         """The message that was counted last."""
         self.warned: str | None = None
@@ -71,7 +71,7 @@ class Writing:
 
     def open(self, draft: str) -> None:
         """Begin with the draft of another conversation."""
-        self.task, self.waiting, self._stash = _NEW, None, ""
+        self.task, self.waiting, self._stash = _NEW, False, ""
         self._composer.name_task("")
         self._composer.write(draft)
         self.say("")
@@ -87,8 +87,8 @@ class Writing:
 
     def give_up(self) -> bool:
         """Back to the draft, or take a waiting message back. Was there anything to give up?"""
-        if self.waiting is not None:
-            self.waiting = None
+        if self.waiting:
+            self.waiting = False
             self._composer.name_task("")
             return True
         if self.task is _NEW:
@@ -106,9 +106,9 @@ class Writing:
         if not self._composer.text:
             self._composer.write(text)
 
-    def wait(self, text: str) -> None:
-        """Send it as soon as there is a model."""
-        self.waiting = text
+    def wait(self) -> None:
+        """Send it as soon as there is a model, as it is written by then."""
+        self.waiting = True
         self._composer.name_task("sent as soon as the model is there · esc takes it back")
 
     # Files, and how much room it takes

@@ -71,10 +71,14 @@ class Composer(TextArea):
         self._earlier: int | None = None
 
     def on_mount(self) -> None:
-        """Says what the keys are."""
+        """Empty, and says what the keys are."""
+        self.name_keys()
+        self._fit()
+
+    def name_keys(self) -> None:
+        """Says below what the keys are now."""
         keys = [(action, self._key(id)) for id, action in (("write.send", "send"), ("write.newline", "new line"))]
         self.border_subtitle = Content(" · ".join(f"{key} {action}" for action, key in keys)).markup
-        self._fit()
 
     def _key(self, id: str) -> str:
         wanted = getattr(self.app, "key_of", None)
