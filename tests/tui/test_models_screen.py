@@ -192,6 +192,21 @@ async def test_what_earlier_days_left_is_shown_as_paused_and_enter_goes_on():
         assert jobs.asked == [("resume", "some/tune-GGUF")]
 
 
+async def test_no_name_and_no_word_reaches_the_terminals_controls():
+    jobs = ScriptedJobs()
+    evil = "some/\x1b]52;c;AAAA\x07\x1b[2J[red]tune"
+    jobs.jobs[evil] = Job(evil, state="paused")
+    app = make_app(jobs=jobs)
+    async with app.run_test(size=(100, 30)) as pilot:
+        await opened(pilot, f"job {evil}")
+        assert "some/]52;c;AAAA[2J[red]tune" in screen_text(app)
+        jobs.say(Job(evil, state="failed", words="\x1b[31mBroken\x9b2J.\n  [b]Mend it."))
+        await wait_for_text(pilot, "[b]Mend it.")
+        await pilot.press("x")
+        await wait_for_text(pilot, "Cancel fetching")
+        assert not {"\x1b", "\x07", "\x9b"} & set(screen_text(app))
+
+
 async def test_cancel_asks_and_says_what_is_lost():
     jobs = ScriptedJobs()
     jobs.jobs["7b"] = FETCHING
@@ -312,6 +327,20 @@ async def test_any_other_model_is_asked_for_by_name():
         await wait_for_text(pilot, "Fetch which model?")
         await pilot.press(*"7b:q8_0", "enter")
         await wait_until(pilot, lambda: jobs.asked == [("plan", "7b:q8_0")])
+
+
+async def test_the_palette_has_what_can_be_done_with_the_selected_one():
+    install(Store(), "mine")
+    jobs = ScriptedJobs()
+    jobs.jobs["7b"] = FETCHING
+    app = make_app(jobs=jobs)
+    async with app.run_test(size=(100, 30)) as pilot:
+        screen = await opened(pilot, "model mine")
+        titles = [one.title for one in screen.commands()]
+        assert titles == ["Fetch another model", "Details of mine", "Verify mine", "Remove mine"]
+        screen.lines.highlighted = screen.lines.get_option_index("size 7b")
+        titles = [one.title for one in screen.commands()]
+        assert titles == ["Pause the fetch of 7b", "Cancel the fetch of 7b", "Fetch another model"]
 
 
 # Lines and plans, without a screen

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on, work
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import BindingType
 from textual.containers import Container
 from textual.screen import Screen
@@ -227,6 +227,11 @@ class CompareScreen(Screen[None]):
             if self._timer is not None:
                 self._timer.stop()
             self._say_how(problem, problem=bool(problem))
+
+    def commands(self) -> Iterable[SystemCommand]:
+        """For the palette."""
+        for id, title, act in (("compare.models", "Choose the two models", self.action_choose), ("compare.again", "Ask again", self.action_again)):
+            yield SystemCommand(title, f"{keys.BY_ID[id].help} · {self.qwen.key_of(id)}", act)
 
     def action_back(self) -> None:
         """Stop; then close."""

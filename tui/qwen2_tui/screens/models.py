@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual import on, work
-from textual.app import ComposeResult
+from textual.app import ComposeResult, SystemCommand
 from textual.binding import BindingType
 from textual.content import Content
 from textual.screen import Screen
@@ -139,7 +139,7 @@ class ModelsScreen(Screen[None]):
         elif isinstance(row, Installed):
             words.update(clean(row.form) if row.size is None else f"{row.name} · {row.form} · {gigabytes(row.size)} · context {row.context:,}")
         else:
-            words.update(f"{row.name} was begun, and is not finished.")
+            words.update(clean_line(f"{row.name} was begun, and is not finished."))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """The footer shows what can be done with the selected one."""
@@ -153,6 +153,23 @@ class ModelsScreen(Screen[None]):
         return not row.built_in if action == "remove" else row.size is not None
 
     # What can be done
+
+    def commands(self) -> Iterable[SystemCommand]:
+        """For the palette: what can be done with the selected one."""
+        row, job = self.selected
+        name = clean_line(row.model.name if isinstance(row, Advice) else row.name) if row is not None else ""
+        going = "Pause" if job is not None and job.state == "running" else "Go on with"
+        for action, title in (
+            ("pause", f"{going} the fetch of {name}"),
+            ("cancel", f"Cancel the fetch of {name}"),
+            ("fetch_other", "Fetch another model"),
+            ("details", f"Details of {name}"),
+            ("verify", f"Verify {name}"),
+            ("remove", f"Remove {name}"),
+        ):
+            if self.check_action(action, ()):
+                key = keys.BY_ID["models.fetch" if action == "fetch_other" else f"models.{action}"]
+                yield SystemCommand(title, f"{key.help or key.words} · {self.qwen.key_of(key.id)}", getattr(self, f"action_{action}"))
 
     @on(OptionList.OptionSelected)
     def _take(self) -> None:

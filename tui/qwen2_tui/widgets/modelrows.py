@@ -8,6 +8,7 @@ from textual.content import Content
 from qwen2_local import fit
 from qwen2_local.advice import CONTEXT, Advice, Verdict
 from qwen2_local.cli.output import gigabytes
+from qwen2_local.sanitize import clean_line
 from qwen2_tui.inventory import Installed, Inventory
 from qwen2_tui.jobs import Job
 
@@ -82,8 +83,8 @@ def installed_row(one: Installed, width: int, *, used: bool, verified: bool = Fa
 def job_row(job: Job, width: int) -> Content:
     """Work that is under way, or was: in the place of the model's own line."""
     signs = {"running": ("▶ ", "$text-primary"), "paused": ("‖ ", "$text-warning"), "failed": ("✕ ", "$text-error")}
-    sign = signs.get(job.state, ("✓ ", "$text-success"))
-    return _line([sign, (f"{job.name} ", "bold"), *_progress(job, width - 2 - cell_len(job.name) - 1)], width)
+    sign, name = signs.get(job.state, ("✓ ", "$text-success")), clean_line(job.name)
+    return _line([sign, (f"{name} ", "bold"), *_progress(job, width - 2 - cell_len(name) - 1)], width)
 
 
 def about(one: Advice, found: Inventory) -> list[str]:
@@ -116,7 +117,7 @@ def duration(seconds: float) -> str:
 
 def _progress(job: Job, room: int) -> list[tuple[str, str]]:
     if job.state == "failed":
-        return [(job.words.partition("\n")[0], "$text-error")]
+        return [(clean_line(job.words.partition("\n")[0]), "$text-error")]
     if job.state == "paused":
         kept = f"paused · {gigabytes(job.kept)}{f' of {gigabytes(job.total)}' if job.total else ''} kept · enter goes on"
         return [(kept if job.kept else "paused · enter goes on", "$text-warning")]
