@@ -75,6 +75,7 @@ class Window(ScrollView):
         """Renders what is seen, and puts the window where it belongs."""
         height = self.size.height
         if not height:
+            self._laid = Size(0, 0)  # hidden: all of this is to be done once it is shown, be it in the size that it had
             return
         while True:
             last = self._last()
