@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from qwen2_converters.again import Order, remember
 from qwen2_local.store import Store
 from qwen2_tui import jobs as jobs_module
 from qwen2_tui.child import Ended
+from qwen2_tui.job import told
 from qwen2_tui.jobs import Job, Jobs
 from qwen2_tui.plan import Plan
 from tests.support import gguf_bytes
@@ -214,11 +216,7 @@ def test_a_plan_is_asked_for_and_fetches_nothing(hub, jobs):
 
 
 def told_by(*events: dict[str, object]) -> Job:
-    jobs = Jobs()
-    jobs._jobs["x"] = Job("x", phase="looking")
-    for event in events:
-        jobs._event("x", event)
-    return jobs.jobs["x"]
+    return reduce(told, events, Job("x", phase="looking"))
 
 
 def test_what_is_fetched_is_in_front_while_both_go_on():

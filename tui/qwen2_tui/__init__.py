@@ -9,7 +9,7 @@
   live       a reply on its way, read by a thread; pace: how often it is shown
   library    what is done with saved chats
   inventory  the models that there are, and what this machine has for them; plan: what a fetch would do
-  jobs       fetches and verifications, each a child process
+  jobs       fetches and verifications, each a child process; job: one, as it is shown; child: a process
   contest    two models on one prompt: who they are; comparing: asks them
   settings   what a person chose, in a TOML file
   scoring    tokens for people: their texts, how likely they were, what else could have come

@@ -6,11 +6,10 @@ No network is touched unless `plan`, `start` or `resume` is called.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,47 +17,16 @@ from qwen2_local.errors import Qwen2LocalError
 from qwen2_local.sanitize import clean_line
 from qwen2_local.store import Store
 from qwen2_tui.child import Child, Ended
+from qwen2_tui.job import STOPPED, Job, over, told
 from qwen2_tui.plan import Plan, look_up
+
+__all__ = ["Job", "Jobs"]
 
 NICE = 12
 """Behind a model that computes on all cores, a job gets about 6 % of one; else all there is."""
 
 _TELL_EVERY_S = 0.5
 _CLOSE_S = 1.0
-_STOPPED = 130
-
-Kind = Literal["fetch", "verify"]
-State = Literal["running", "paused", "done", "failed", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """How far a piece of work is. name: what was asked for ("7b"), or the model that is verified. done, total: bytes of the phase, 0 if unknown.
-
-    speed: bytes a second, 0 if unknown. left_s: of the phase. kept: bytes that lie on the disk, of a paused fetch.
-    words: what is going on beside ("converting 12 %"), what was found, or what went wrong and what to do. models: what a fetch has installed.
-    """
-
-    name: str
-    kind: Kind = "fetch"
-    phase: str = ""
-    done: int = 0
-    total: int = 0
-    speed: float = 0.0
-    left_s: float | None = None
-    state: State = "running"
-    words: str = ""
-    kept: int = 0
-    models: tuple[str, ...] = ()
-
-    @property
-    def news(self) -> str:
-        """For somebody who does something else: how it ended. Empty while it goes on, or where it was ended on purpose."""
-        if self.state == "failed":
-            return f"{self.name}: {self.words}"
-        if self.state != "done":
-            return ""
-        return f"{self.name}: {self.words}" if self.words or not self.models else f"{' and '.join(self.models)} is installed."
 
 
 class Jobs:
@@ -180,20 +148,11 @@ class Jobs:
         return True
 
     def _event(self, name: str, event: Mapping[str, Any]) -> None:
-        phase, done, total = clean_line(str(event.get("phase", ""))), _count(event.get("done")), _count(event.get("total"))
         with self._lock:
             before = self._jobs[name]
             if name in self._ending:
                 return
-            if phase == "converting" and before.phase == "fetching" and before.done < before.total:
-                # Both go on at once: what is fetched is what one waits for.
-                job = replace(before, words=f"converting {done / total:.0%}" if total else "")
-            else:
-                words = before.words if phase == before.phase else ""
-                job = replace(
-                    before, phase=phase, done=done, total=total, speed=_number(event.get("speed")), left_s=_left(event.get("left_s")), words=words
-                )
-            self._jobs[name] = job
+            job = self._jobs[name] = told(before, event)
             now = time.monotonic()
             due = now - self._told.get(name, 0.0) >= _TELL_EVERY_S or job.phase != before.phase
             if due:
@@ -209,13 +168,7 @@ class Jobs:
         if why == "cancel":
             self._free(job)
             return
-        if ended.code == 0:
-            job = replace(job, state="done", done=job.total, words=_told_by(ended), models=_models(ended))
-        elif why == "pause" or ended.code == _STOPPED:
-            job = self._paused(job)
-        else:
-            job = replace(job, state="failed", words=_fault(job, ended))
-        self._set(job)
+        self._set(self._paused(job) if why == "pause" or ended.code == STOPPED else over(job, ended))
 
     def _paused(self, job: Job) -> Job:
         """With what the store keeps of it."""
@@ -247,35 +200,3 @@ class Jobs:
         with self._lock:
             self._jobs[job.name] = job
         self.tell(job)
-
-
-def _fault(job: Job, ended: Ended) -> str:
-    faults = ended.answer.get("faults")
-    if job.kind == "verify" and isinstance(faults, (list, tuple)) and faults:
-        return "\n".join(clean_line(str(fault)) for fault in faults[:5]) + f"\n`qwen2-local rm {job.name}`, then fetch it again."
-    return ended.words.removeprefix("error: ") or f"It ended with the exit code {ended.code}."
-
-
-def _told_by(ended: Ended) -> str:
-    """What was found out."""
-    if "ok" in ended.answer:
-        hashed = _count(ended.answer.get("files_hashed"))
-        return f"All is well: its files ({hashed}) are those that were installed." if hashed else "All is well."
-    return "It is up to date." if ended.answer.get("status") == "current" else ""
-
-
-def _models(ended: Ended) -> tuple[str, ...]:
-    models = ended.answer.get("models")
-    return tuple(clean_line(str(one.get("name"))) for one in models if isinstance(one, dict)) if isinstance(models, list) else ()
-
-
-def _count(value: object) -> int:
-    return value if type(value) is int and value > 0 else 0
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
-
-
-def _left(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
