@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from textual.pilot import Pilot
-from textual.widgets import Tabs, TextArea
+from textual.widgets import Tabs
 
 from qwen2_local import paths
 from qwen2_local.chats import ChatStore
-from qwen2_tui.fields import CHAT, LOOK, MODEL
-from qwen2_tui.screens.sections import SECTIONS
+from qwen2_tui.fields import CHAT, MODEL
 from qwen2_tui.screens.settings import SettingsScreen
 from qwen2_tui.settings import ChatSettings, ModelSettings, Settings, SettingsFile, applied
 from qwen2_tui.widgets.dialogs import Ask, Choose, Confirm, Line
@@ -49,187 +49,163 @@ async def dialog(pilot: Pilot[Any], kind: type) -> Any:
     return pilot.app.screen
 
 
-async def test_what_is_typed_is_checked_at_once_and_not_saved_while_it_is_wrong() -> None:
-    app = make_app()
-    async with running(app, size=(80, 30)) as pilot:
+async def test_every_setting_is_explained_and_checked_as_one_types_and_saved_into_the_file() -> None:
+    loader = ScriptedLoader(ScriptedModel())
+    app = make_app(loader=loader)
+    async with running(app, size=(110, 50)) as pilot:
         screen = await opened(pilot, "new")
+        await wait_until(pilot, lambda: all(one.words in screen_text(app) and one.title in screen_text(app) for one in CHAT))
         row(screen, "temperature").focus()
         await pilot.press(*"1000")
         await wait_for_text(pilot, "It has to be a number from 0 to 100.")
         await pilot.press("ctrl+s")
         assert not (paths.home() / "settings.toml").exists()
-        await pilot.press("backspace", "backspace", "backspace")
+        row(screen, "temperature").put(1.0)
         await wait_for_text(pilot, "1 change: ctrl+s saves.")
         await pilot.press("ctrl+s")
-        await wait_until(pilot, lambda: kept().chat == ChatSettings(temperature=1.0))
-        assert app.settings.chat.temperature == 1.0
+        await wait_until(pilot, lambda: app.settings.chat == ChatSettings(temperature=1.0))
+        await wait_until(pilot, lambda: kept() == app.settings)
         assert "All of it lies in" in screen_text(app)
         # What changes elsewhere is shown, but not over what was typed.
         row(screen, "seed").put(7)
         app.change_settings(Settings(chat=ChatSettings(seed=1, top_k=4)))
         await wait_until(pilot, lambda: row(screen, "top_k").query_one(Line).value == "4")
         assert row(screen, "seed").query_one(Line).value == "7"
+        # Other settings of the model load it anew, and say so before.
+        await opened(pilot, "model")
+        assert all(one.words in screen_text(app) for one in MODEL)
+        row(screen, "context").put(4096)
+        backend, values = row(screen, "backend"), []
+        backend.focus()
+        for key in ("right", "space", "enter", "left"):
+            await pilot.press(key)
+            values.append(backend.value)
+        assert values == ["mlx", "llama.cpp", None, "llama.cpp"]
+        await pilot.click(backend.query_one(Pick), offset=(6, 0))
+        row(screen, "kv_bits").put(8)
+        await wait_for_text(pilot, "3 changes: ctrl+s saves. The model is then loaded anew.")
+        await opened(pilot, "look")
+        row(screen, "theme").put("light")
         await pilot.press("ctrl+s")
-        await wait_until(pilot, lambda: kept().chat == ChatSettings(seed=7, top_k=4))
+        await wait_until(pilot, lambda: len(loader.wishes) == 2 and app.theme == "qwen2-light")
+        assert (loader.wishes[1].context, loader.wishes[1].kv_bits, loader.wishes[1].name) == (4096, 8, "guide")
+        there = Settings(ChatSettings(seed=7, top_k=4), ModelSettings(context=4096, kv_bits=8), theme="light")
+        await wait_until(pilot, lambda: kept() == there)
+        await opened(pilot, "model")
+        row(screen, "model").put("7b")
+        await pilot.press("ctrl+s")
+        await wait_until(pilot, lambda: loader.wishes[-1].name == "7b")
 
 
-async def test_the_next_question_is_asked_as_the_settings_say_now() -> None:
-    app = make_app("fine")
+async def test_questions_are_asked_as_the_settings_say_and_a_chat_keeps_its_own() -> None:
+    store = ChatStore.open(paths.home() / "chats.db")
+    app = make_app("one", "two", store=store)
     async with running(app) as pilot:
         screen = await opened(pilot, "new")
         row(screen, "top_k").put(7)
-        row(screen, "system").query_one(TextArea).text = "Be\nbrief."
-        row(screen, "lookup").focus()
-        await pilot.press("right", "ctrl+s", "escape")
+        row(screen, "seed").put(3)
+        row(screen, "system").put("Be\nbrief.")
+        row(screen, "lookup").put(True)
+        await pilot.press("ctrl+s", "escape")
         await wait_until(pilot, lambda: app.screen is app.chat_screen)
-        assert kept().chat == ChatSettings(top_k=7, system="Be\nbrief.", lookup=True)
+        assert app.settings.chat == ChatSettings(top_k=7, seed=3, system="Be\nbrief.", lookup=True)
         app.chat_screen.focus_composer()
         await ask(pilot, "Hello?")
-        await wait_until(pilot, lambda: app.scripted.prompts)
-        asked = app.scripted.options[-1]
-        assert (asked["top_k"], asked["lookup"]) == (7, True)
-        assert "Be\nbrief." in app.scripted.read
-
-
-async def test_a_chat_has_its_own_settings_and_keeps_them() -> None:
-    store = ChatStore.open(paths.home() / "chats.db")
-    SettingsFile(paths.home() / "settings.toml").write(Settings(chat=ChatSettings(seed=3)))
-    app = make_app("one", "two", store=store)
-    async with running(app) as pilot:
-        await ask(pilot, "Hello?")
         await wait_until(pilot, lambda: app.chat_screen.number is not None and not app.chat_screen.busy)
-        screen = await opened(pilot, "chat")
+        asked = app.scripted.options[-1]
+        assert (asked["top_k"], asked["seed"], asked["lookup"]) == (7, 3, True)
+        assert "Be\nbrief." in app.scripted.read
+        # Now this chat alone, and what every new one has at the same time.
+        screen = await opened(pilot, "new")
+        row(screen, "top_k").put(8)
+        await opened(pilot, "chat")
         seed = row(screen, "seed")
         seed.put(9)
         seed.focus()
         await pilot.press("ctrl+r")  # back to what every new chat has
         assert seed.value == 3 and not seed.edited
         seed.put(5)
-        assert row(screen, "system").disabled
+        assert row(screen, "system").disabled  # a chat keeps the one that it began with
         await pilot.press("ctrl+s", "escape")
         await wait_until(pilot, lambda: store.options(1) == {"seed": 5})
-        assert app.settings.chat == ChatSettings(seed=3)
         app.chat_screen.focus_composer()
         await ask(pilot, "And?")
         await wait_until(pilot, lambda: len(app.scripted.options) == 2)
-        assert app.scripted.options[-1]["seed"] == 5
+        assert (app.scripted.options[-1]["seed"], app.scripted.options[-1]["top_k"]) == (5, 8)
 
 
-async def test_other_settings_of_the_model_load_it_anew_and_say_so_before() -> None:
-    loader = ScriptedLoader(ScriptedModel())
-    app = make_app(loader=loader)
-    async with running(app, size=(80, 30)) as pilot:
-        screen = await opened(pilot, "model")
-        row(screen, "context").put(4096)
-        backend = row(screen, "backend")
-        backend.focus()
-        values = []
-        for key in ("right", "space", "enter", "left"):
-            await pilot.press(key)
-            values.append(backend.value)
-        assert values == ["mlx", "llama.cpp", None, "llama.cpp"]
-        await pilot.click(backend.query_one(Pick), offset=(6, 0))
-        await wait_until(pilot, lambda: backend.value is None)
-        row(screen, "kv_bits").focus()
-        await pilot.press("right")
-        await wait_for_text(pilot, "2 changes: ctrl+s saves. The model is then loaded anew.")
-        await pilot.press("ctrl+s")
-        await wait_until(pilot, lambda: len(loader.wishes) == 2)
-        assert (loader.wishes[1].context, loader.wishes[1].kv_bits, loader.wishes[1].name) == (4096, 8, "guide")
-        assert kept().model == ModelSettings(context=4096, kv_bits=8)
-        row(screen, "model").put("7b")
-        await pilot.press("ctrl+s")
-        await wait_until(pilot, lambda: len(loader.wishes) == 3)
-        assert loader.wishes[2].name == "7b"
-
-
-async def test_leaving_asks_what_becomes_of_changes() -> None:
-    app = make_app()
-    async with running(app) as pilot:
-        for answer in ("escape", "3", "2"):
-            screen = await opened(pilot, "new")
-            row(screen, "seed").put(1)
-            await pilot.press("escape")
-            await dialog(pilot, Choose)
-            await pilot.press(answer)
-            there = app.chat_screen if answer == "2" else screen
-            await wait_until(pilot, lambda there=there: app.screen is there)
-            assert app.settings.chat.seed is None
-        screen = await opened(pilot, "new")
-        assert row(screen, "seed").value is None
-        row(screen, "seed").put(2)
-        await pilot.press("escape")
-        await dialog(pilot, Choose)
-        await pilot.press("1")
-        await wait_until(pilot, lambda: app.screen is app.chat_screen and kept().chat.seed == 2)
-
-
-async def test_every_setting_is_there_with_a_line_that_explains_it_and_the_look_changes_once_it_is_saved() -> None:
-    app = make_app()
-    async with running(app, size=(100, 60)) as pilot:
-        for section, known in (("new", CHAT), ("model", MODEL), ("look", LOOK)):
-            screen = await opened(pilot, section)
-            await wait_until(pilot, lambda known=known: all(one.words in screen_text(app) for one in known))
-            assert all(one.title in screen_text(app) for one in known)
-        row(screen, "theme").focus()
-        await pilot.press("right", "ctrl+s")
-        await wait_until(pilot, lambda: app.theme == "qwen2-light")
-        assert kept().theme == "light"
-
-
-async def test_by_keys_alone_at_60_by_20() -> None:
+async def test_by_keys_alone_at_60_by_20_and_leaving_asks_what_becomes_of_changes() -> None:
     app = make_app()
     async with running(app, size=(60, 20)) as pilot:
         await pilot.press("f2")
         await wait_until(pilot, lambda: isinstance(app.screen, SettingsScreen) and app.screen.query(FieldRow))
         screen = app.screen
-        for name in [*list(SECTIONS)[1:], "chat"]:
-            await pilot.press("ctrl+pagedown")
-            await wait_until(pilot, lambda name=name: screen.query_one(Tabs).active == name)
-        await pilot.press("down", "down", *"0.5", "down", "up")
+        await pilot.press("ctrl+pagedown", "ctrl+pageup", "down", "down", *"0.5", "down", "up")
         await wait_until(pilot, lambda: row(screen, "temperature").value == 0.5)
         assert row(screen, "temperature").has_focus_within
-        assert all(len(line) <= 60 for line in screen_text(app).splitlines())
-        await pilot.press("ctrl+r", "escape")
+        assert all(cell_len(line) <= 60 for line in screen_text(app).splitlines())
+        await pilot.press("escape")
+        await dialog(pilot, Choose)
+        await pilot.press("3")  # go on
+        await wait_until(pilot, lambda: app.screen is screen)
+        assert row(screen, "temperature").edited
+        await pilot.press("escape")
+        await dialog(pilot, Choose)
+        await pilot.press("2")  # drop them
         await wait_until(pilot, lambda: app.screen is app.chat_screen)
+        assert app.chat_screen.chat_settings == ChatSettings()
+        screen = await opened(pilot, "chat")
+        row(screen, "seed").put(2)
+        await pilot.press("escape")
+        await dialog(pilot, Choose)
+        await pilot.press("1")  # save them
+        await wait_until(pilot, lambda: app.screen is app.chat_screen and app.chat_screen.chat_settings.seed == 2)
+
+
+async def test_the_file_is_read_again_on_request_and_says_what_is_wrong() -> None:
+    app = make_app()
+    async with running(app) as pilot:
+        screen = await opened(pilot, "new")
+        (paths.home() / "settings.toml").write_text("[chat]\nseed = 4\ntop_k = -1\n")
+        screen.read_again()
+        await wait_until(pilot, lambda: row(screen, "seed").value == 4)
+        assert any("line 3: top_k is -1" in str(one.message) for one in app._notifications)
 
 
 # Presets
 
 
 async def test_a_preset_is_kept_used_renamed_and_deleted() -> None:
-    app = make_app()
-    app.settings_file.write(Settings(chat=ChatSettings(system="Be kind.", top_k=3)))
+    SettingsFile(paths.home() / "settings.toml").write(Settings(chat=ChatSettings(system="Be kind.", top_k=3)))
     app = make_app()
     async with running(app) as pilot:
         app.chat_screen.change_chat(ChatSettings(temperature=0.0, top_k=3))
-        screen = await opened(pilot, "presets")
+        screen = await opened(pilot, "chat")
+        await opened(pilot, "presets")
         presets = screen.query_one(Presets)
         presets.focus()
         await pilot.press("enter")
-        await dialog(pilot, Ask)
-        await pilot.press(*"precise", "enter")
+        (await dialog(pilot, Ask)).query_one(Line).value = "precise"
+        await pilot.press("enter")
         await wait_until(pilot, lambda: kept().presets == {"precise": ChatSettings(temperature=0.0, top_k=3)})
         await wait_for_text(pilot, "temperature 0 · top-k 3")
         app.chat_screen.change_chat(ChatSettings())
-
-        async def choose(number: str) -> None:
-            presets.highlighted = 1
-            presets.focus()
-            await pilot.press("enter")
-            await dialog(pilot, Choose)
-            await pilot.press(number)
-
-        await choose("1")
+        presets.highlighted = 1
+        await pilot.press("enter")
+        await dialog(pilot, Choose)
+        await pilot.press("1")
         # What the preset does not set is as in every new chat.
-        await wait_until(pilot, lambda: app.chat_screen.chat_settings == ChatSettings(temperature=0.0, top_k=3, system="Be kind."))
-        await choose("2")
-        await wait_until(pilot, lambda: kept().chat == ChatSettings(temperature=0.0, top_k=3, system="Be kind."))
-        await choose("4")
-        await dialog(pilot, Ask)
-        await pilot.press("ctrl+u", *"cold", "enter")
+        there = ChatSettings(temperature=0.0, top_k=3, system="Be kind.")
+        await wait_until(pilot, lambda: app.chat_screen.chat_settings == there)
+        await opened(pilot, "chat")
+        await wait_until(pilot, lambda: row(screen, "temperature").value == 0.0)
+        presets.do("precise", "new")
+        await wait_until(pilot, lambda: kept().chat == there)
+        presets.do("precise", "rename")
+        (await dialog(pilot, Ask)).query_one(Line).value = "cold"
+        await pilot.press("enter")
         await wait_until(pilot, lambda: list(kept().presets) == ["cold"])
-        await choose("5")
+        presets.do("cold", "delete")
         await dialog(pilot, Confirm)
         await pilot.press("y")
         await wait_until(pilot, lambda: kept().presets == {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from textual import on
@@ -41,7 +40,7 @@ class SettingsScreen(Screen[None]):
         ContentSwitcher { height: 1fr; }
         .section { height: 1fr; padding: 1 2 0 2; scrollbar-size-vertical: 1; }
         .section > .words { color: $text-muted; margin-bottom: 1; }
-        #state { height: 1; padding: 0 2; color: $text-muted; &.-edited { color: $text-warning; } }
+        #state { height: 1; padding: 0 2; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; &.-edited { color: $text-warning; } }
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -117,10 +116,10 @@ class SettingsScreen(Screen[None]):
             return False
         new, old = self._changed(), self.qwen.settings
         chat = self._given("chat")
-        if chat:
-            self.qwen.chat_screen.change_chat(replace(self.qwen.chat_screen.chat_settings, **chat))
         if new != old:
             self.qwen.change_settings(new)
+        if chat:  # what it has as every new chat goes on following that
+            self.qwen.chat_screen.change_chat(replace(self.qwen.chat_screen.chat_settings, **chat))
         if new.model != old.model:
             name = new.model.model if new.model.model != old.model.model else self.qwen.host.state.wish.name
             self.qwen.switch_model(self.qwen.wish(name or DEFAULT))
@@ -166,6 +165,7 @@ class SettingsScreen(Screen[None]):
         for widget in (*self.query(Presets), *self.query(KeyList)):
             widget.show()
 
+    @on(Presets.Used)
     def chat_changed(self) -> None:
         """This chat has other settings."""
         for row in self._rows("chat"):
@@ -220,7 +220,7 @@ class SettingsScreen(Screen[None]):
             self.dismiss()
             return
         choices = (Choice("save", "save them"), Choice("drop", "drop them"), Choice("stay", "go on changing"))
-        self.app.push_screen(Choose("There are changes", choices), partial(self._answered))
+        self.app.push_screen(Choose("There are changes", choices), self._answered)
 
     def _answered(self, answer: str | None) -> None:
         if answer == "drop" or (answer == "save" and self.action_save()):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from textual import on
 from textual.content import Content
+from textual.message import Message
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
@@ -26,6 +27,9 @@ class Presets(OptionList):
     """A row for each; enter asks what to do with it, which is done at once."""
 
     DEFAULT_CSS = "Presets { height: 1fr; border: none; padding: 0; background: $background; &:focus { border: none; } }"
+
+    class Used(Message):
+        """This chat has the settings of a preset now."""
 
     def __init__(self) -> None:
         super().__init__(markup=False)
@@ -62,7 +66,7 @@ class Presets(OptionList):
             Choice("rename", "rename it"),
             Choice("delete", "delete it"),
         )
-        self.app.push_screen(Choose(name, choices, words=summary(self._app.settings.presets[name])), partial(self._do, name))
+        self.app.push_screen(Choose(name, choices, words=summary(self._app.settings.presets[name])), partial(self.do, name))
 
     def _name_problem(self, now: str, name: str) -> str:
         if name != now and name in self._app.settings.presets:
@@ -74,12 +78,14 @@ class Presets(OptionList):
             self._change(name, self._app.chat_screen.chat_settings)
             self._app.tell(f"Kept as {name}.")
 
-    def _do(self, name: str, what: str | None) -> None:
+    def do(self, name: str, what: str | None) -> None:
+        """What was chosen for the preset `name`: a key of the choices, None for nothing."""
         app = self._app
         preset = app.settings.presets[name]
         match what:
             case "chat":
                 app.chat_screen.change_chat(applied(preset, app.settings.chat))
+                self.post_message(self.Used())
                 app.tell(f"This chat has the settings of {name}.")
             case "new":
                 app.change_settings(replace(app.settings, chat=applied(preset, app.settings.chat)))
