@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from textual.app import SystemCommand
 from textual.screen import Screen
 
-from qwen2_tui import keys
 from qwen2_tui.theme import OURS
 
 if TYPE_CHECKING:
@@ -24,17 +23,17 @@ def commands(app: QwenApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
     from qwen2_tui import arrange
 
     yield from arrange.commands(app)
-    for id, title, act in (
-        ("app.new", "New chat", app.action_new),
-        ("app.temporary", "New temporary chat", app.action_temporary),
-        ("app.search", "Search chats", app.action_search),
-        ("app.sidebar", "Show or hide chats", app.action_sidebar),
-        ("app.undo", "Undo the deletion of chats", app.action_undo),
-        ("app.models", "Models", app.action_models),
-        ("app.settings", "Settings", app.action_settings),
-        ("app.help", "Help", app.action_help),
+    for id, title, words, act in (
+        ("app.new", "New chat", "", app.action_new),
+        ("app.temporary", "New temporary chat", "leaves nothing on the disk", app.action_temporary),
+        ("app.search", "Search chats", "titles and texts", app.action_search),
+        ("app.sidebar", "Show or hide chats", "", app.action_sidebar),
+        ("app.undo", "Undo the deletion of chats", "", app.action_undo),
+        ("app.models", "Models", "fetch, switch, verify, remove", app.action_models),
+        ("app.settings", "Settings", "", app.action_settings),
+        ("app.help", "Help", "all keys", app.action_help),
     ):
-        yield SystemCommand(title, f"{keys.BY_ID[id].help or keys.BY_ID[id].words} · {app.key_of(id)}", act)
+        yield SystemCommand(title, " · ".join(filter(None, (app.key_of(id), words))), act)
     yield SystemCommand("Compare two models", "one prompt, side by side", app.open_compare)
     if app.host.state.phase in ("ready", "failed"):
         yield SystemCommand("Restart the model", "load it again", partial(app.host.restart, safe=False))
@@ -42,4 +41,4 @@ def commands(app: QwenApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
     for short, full in OURS.items():
         yield SystemCommand(f"Theme: {short}", "calm colours", partial(setattr, app, "theme", full))
     yield SystemCommand("Theme: choose", "from all that there are", app.action_change_theme)
-    yield SystemCommand("Quit", f"nothing is lost · {app.key_of('app.quit')}", app.action_quit)
+    yield SystemCommand("Quit", f"{app.key_of('app.quit')} · nothing is lost", app.action_quit)
