@@ -253,6 +253,24 @@ async def test_resizing_keeps_the_place() -> None:
         assert rows(transcript) == before
 
 
+async def test_what_changed_while_it_was_hidden_is_there_when_it_is_shown_again() -> None:
+    async with shown(long_chat(4)) as (pilot, transcript):
+        transcript.display = False
+        await pilot.pause()
+        transcript.show([user("a\n\nb"), *long_chat(30)])
+        transcript.begin_stream(reply("", 99))
+        transcript.feed("**news**")
+        transcript.display = True
+        await pilot.pause()
+        assert rows(transcript)[-2] == "news▌"
+
+
+def test_a_line_that_nobody_prepared_is_blank() -> None:
+    flow = Flow([user("word " * 40 + "\n" * 3)], 10)
+    height = flow.height
+    assert {flow.line(number).text for number in range(height, height + 5)} == {""}
+
+
 async def test_resizing_at_the_end_keeps_the_end() -> None:
     async with shown(long_chat()) as (pilot, transcript):
         for size in ((30, 20), (100, 8), (60, 30)):

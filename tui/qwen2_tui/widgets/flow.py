@@ -140,7 +140,10 @@ class Shown:
         if number < head:
             return self._head[number]
         number -= head
-        return self.document.line(number) if number < self.document.height else self._foot[number - self.document.height]
+        if number < self.document.height:
+            return self.document.line(number)
+        foot = number - self.document.height
+        return self._foot[foot] if foot < len(self._foot) else Line([])  # blank: the turn is shorter than was estimated, and not prepared yet
 
     def all(self) -> Iterator[tuple[int, list[Line]]]:
         """All its lines, block by block."""
