@@ -15,6 +15,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -32,13 +33,15 @@ raise SystemExit(QwenApp(loader=load).hold())
 
 
 @pytest.fixture
-def window() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def window(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The app in a terminal. Its standard error goes to a file, as with `2>log`: it draws on its output all the same."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
     env = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": f"{ROOT}:{ROOT / 'tui'}:{ROOT / 'converters'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", SOURCE], stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=ROOT, start_new_session=True
-    )
+    with (tmp_path / "stderr").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", SOURCE], stdin=theirs, stdout=theirs, stderr=log, env=env, cwd=ROOT, start_new_session=True
+        )
     os.close(theirs)
     yield process, ours
     process.kill()
@@ -53,7 +56,7 @@ def read_until(handle: int, text: bytes, timeout: float = 30) -> None:
             came += os.read(handle, 65536)
 
 
-def test_a_closed_window_keeps_the_partial_reply_and_leaves_no_process(window: tuple[subprocess.Popen[bytes], int]):
+def test_a_closed_window_keeps_the_partial_reply_and_leaves_no_process(window: tuple[subprocess.Popen[bytes], int], tmp_path: Path):
     process, ours = window
     read_until(ours, b"ready")
     os.write(ours, f"Go on and on.{ENTER}".encode())
@@ -66,6 +69,7 @@ def test_a_closed_window_keeps_the_partial_reply_and_leaves_no_process(window: t
         question, reply = store.record(store.summaries()[0].id).messages[-2:]
     assert (question.text, reply.role, reply.state) == ("Go on and on.", "assistant", "partial")
     assert reply.text
+    assert b"\x1b" not in (tmp_path / "stderr").read_bytes()
 
 
 def test_an_output_that_fails_is_a_closed_window_as_well(monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textual.app import SystemCommand
+from textual.driver import Driver
 from textual.message import Message
 from textual.reactive import reactive
 from textual.screen import Screen
@@ -87,6 +88,19 @@ class QwenApp(Everywhere):
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self._take_settings(read)
+
+    def get_driver_class(self) -> type[Driver]:
+        """Textual draws on standard error; where that goes elsewhere (`2>log`), on standard output."""
+        found = super().get_driver_class()
+        if sys.__stderr__ is not None and sys.__stderr__.isatty():
+            return found
+
+        class OnOutput(found):  # type: ignore[misc, valid-type]
+            def __init__(self, *args: Any, **named: Any) -> None:
+                super().__init__(*args, **named)
+                self._file = sys.__stdout__
+
+        return OnOutput
 
     # The parts that are made when they are first wanted
 
