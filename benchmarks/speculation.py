@@ -7,8 +7,8 @@ Each figure is a ratio of seconds of decoding, plain over speculating, of the sa
 repeats texts of 80 bytes or more (lookup's best case) and answers the questions of its exam (training/exam; nothing to copy). Drafts: the guide
 in 4 bits for the guide in 16, which is as large a share of the work as a draft can be; and, at the shape of Qwen2-0.5B in random weights
 (`--folder` keeps them), a model of two layers of other random weights, which guesses nothing right: what is left of its cost once it is switched
-off. `best` is the ratio of each prompt's fastest rounds; on a machine that others use it says more than that of all, and `--cpu-time` counts
-seconds of this process's processors instead. Replies are compared; where one differs, `margin` is by how much the two likeliest tokens differed
+off. `best` is the ratio of each prompt's fastest rounds; `--cpu-time` counts seconds of this process's processors instead, for a machine that
+others use. Replies are compared; where one differs, `margin` is by how much the two likeliest tokens differed
 there, in logarithms. The last line is one JSON object.
 """
 
