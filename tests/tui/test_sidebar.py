@@ -176,6 +176,11 @@ async def test_below_80_columns_it_is_a_drawer(store: ChatStore) -> None:
         await pilot.press("down", "enter")
         await wait_until(pilot, lambda: pilot.app.heard == [(2, None)])  # type: ignore[attr-defined]
         assert not sidebar.display  # it has done what it was opened for
+        sidebar.focus_search()
+        await wait_until(pilot, lambda: sidebar.display)
+        main.can_focus = True
+        main.focus()
+        await wait_until(pilot, lambda: not sidebar.display)
         await pilot.resize_terminal(80, 20)
         await wait_until(pilot, lambda: sidebar.display and main.region.width == 50)
         sidebar.toggle()

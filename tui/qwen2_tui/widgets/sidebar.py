@@ -17,6 +17,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.reactive import reactive
+from textual.widget import Widget
 from textual.widgets import Button, Input, Static
 
 from qwen2_local.chats import ChatStore
@@ -107,6 +108,7 @@ class Sidebar(Vertical):
     def on_mount(self) -> None:
         """Fills it, and keeps its times true."""
         self.screen.screen_layout_refresh_signal.subscribe(self, lambda _: self._fit())
+        self.watch(self.screen, "focused", self._focus_moved, init=False)
         self.set_interval(60, self.refresh_chats)
         self._fit()
         self._place()
@@ -169,6 +171,11 @@ class Sidebar(Vertical):
             self._narrow = narrow
             self.drawer = False
             self._place()
+
+    def _focus_moved(self, focused: Widget | None) -> None:
+        """Who goes on elsewhere is done with the drawer."""
+        if focused is not None and self not in focused.ancestors:
+            self.drawer = False
 
     def watch_shown(self) -> None:
         """Makes room."""
