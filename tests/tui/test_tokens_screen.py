@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -149,3 +150,24 @@ async def test_a_model_that_dies_meanwhile_is_said():
         await wait_for_text(pilot, "perplexity")
         await pilot.press("enter")
         await wait_for_text(pilot, "The worker process was killed.")
+
+
+async def test_what_comes_after_it_was_closed_is_let_go(monkeypatch: pytest.MonkeyPatch):
+    model, chat = said("The Mekong.")
+    go, score = threading.Event(), model.score_ids
+
+    def slow(tokens: Any, first: int) -> Any:
+        assert go.wait(20)
+        return score(tokens, first)
+
+    monkeypatch.setattr(model, "score_ids", slow)
+    app: App[None] = App()
+    async with app.run_test(size=(100, 24)) as pilot:
+        screen = TokensScreen(model, chat, 1)
+        app.push_screen(screen)
+        await wait_for_text(pilot, "reading their probabilities")
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: not screen.is_running)
+        go.set()
+        await wait_until(pilot, lambda: not app.workers)
+        assert app.is_running

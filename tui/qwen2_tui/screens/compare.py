@@ -111,6 +111,8 @@ class CompareScreen(Screen[None]):
         self.qwen.call_later(self._found, installed)
 
     def _found(self, installed: tuple[Installed, ...]) -> None:
+        if not self.is_attached:
+            return
         self._installed = tuple(one for one in installed if one.size is not None)
         mine = self.qwen.host.label
         others = [one.name for one in self._installed if one.name not in (mine, "guide")] or ["guide:q4_0" if mine == "guide" else "guide"]

@@ -92,15 +92,19 @@ class PromptScreen(ModalScreen[None]):
             prompt = prompt_of(self._model, self._chat, self._turn)
         except Qwen2LocalError as error:
             words = clean(str(error))
-            self.app.call_later(lambda: self.query_one("#counts", Static).update(words))
+            self.app.call_later(self._say, words)
             return
         self.app.call_later(self._show, prompt)
 
+    def _say(self, words: str) -> None:
+        if self.is_attached:  # it may have been closed meanwhile
+            self.query_one("#counts", Static).update(words)
+
     def _show(self, prompt: Prompt) -> None:
-        if not self.is_mounted:
+        if not self.is_attached:
             return
         self._text = "".join(piece.text for piece in prompt.pieces)
-        self.query_one("#counts", Static).update(prompt.words)
+        self._say(prompt.words)
         self.query_one(Flow).show(prompt.pieces, self._styles())
 
     def action_copy(self) -> None:

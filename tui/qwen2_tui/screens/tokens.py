@@ -114,11 +114,11 @@ class TokensScreen(ModalScreen[str | None]):
             self.app.call_later(lambda: self._say(words))
 
     def _say(self, words: str) -> None:
-        if self.is_mounted:
+        if self.is_attached:
             self.query_one("#words", Static).update(words)
 
     def _show(self, tokens: Scored) -> None:
-        if not self.is_mounted:
+        if not self.is_attached:
             return
         self._scored = tokens
         flow = self.query_one(Flow)
@@ -205,7 +205,7 @@ class TokensScreen(ModalScreen[str | None]):
         self.app.call_later(self._answered, place, found)
 
     def _answered(self, place: int, found: tuple[Alternative, ...]) -> None:
-        if self.is_mounted:
+        if self.is_attached:
             self._found[place] = found
             if self.query_one(Flow).selected == place:
                 self._choose(place)

@@ -126,7 +126,7 @@ class Welcome(VerticalScroll, can_focus=False):
         self.app.call_later(self._show_recommendation, words)
 
     def _show_recommendation(self, words: str) -> None:
-        if self.is_mounted:
+        if self.is_attached:
             model = self.query_one("#model", Static)
             model.update(words)
             model.display = bool(words)
