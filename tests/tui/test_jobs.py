@@ -291,6 +291,24 @@ def test_cancelling_what_runs_frees_it_once_it_has_ended(scripted):
     assert jobs.jobs == {} and Store().drafts() == () and told[-1].state == "cancelled"
 
 
+@pytest.mark.parametrize("ask", ["pause", "cancel"])
+def test_what_was_finished_before_it_could_be_stopped_is_done(scripted, ask):
+    jobs = Jobs()
+    jobs.start("7b")
+    getattr(jobs, ask)("7b")
+    scripted[0].end(Ended(0, {"status": "installed", "models": [{"name": "7b:q4_k_m"}]}, ""))
+    assert jobs.jobs["7b"].state == "done" and jobs.jobs["7b"].models == ("7b:q4_k_m",)
+
+
+def test_a_verification_that_is_stopped_leaves_nothing(scripted):
+    begun("mine", Order("mine", install_as="mine"))
+    jobs = Jobs()
+    jobs.verify("mine")
+    jobs.cancel("mine")
+    scripted[0].end(Ended(130, {}, ""))
+    assert jobs.jobs == {} and Store().drafts() == ("mine",), "what was begun of another fetch is not its business"
+
+
 def test_what_somebody_else_works_on_is_not_freed(scripted):
     begun("mine", Order("some/x", install_as="mine"))
     jobs = Jobs()

@@ -165,10 +165,12 @@ class Jobs:
             self._children.pop(name, None)
             why = self._ending.pop(name, None)
             job = replace(self._jobs[name], speed=0.0, left_s=None)
-        if why == "cancel":
+        if ended.code == 0:
+            self._set(over(job, ended))
+        elif why == "cancel" or (why == "pause" and job.kind == "verify"):
             self._free(job)
-            return
-        self._set(self._paused(job) if why == "pause" or ended.code == STOPPED else over(job, ended))
+        else:
+            self._set(self._paused(job) if why == "pause" or ended.code == STOPPED else over(job, ended))
 
     def _paused(self, job: Job) -> Job:
         """With what the store keeps of it."""

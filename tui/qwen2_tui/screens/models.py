@@ -147,7 +147,8 @@ class ModelsScreen(Screen[None]):
             return True
         row, job = self.selected
         if action in ("pause", "cancel"):
-            return job is not None and (job.state == "running" or (job.kind == "fetch" and job.state in ("paused", "failed")))
+            fetch = job is not None and job.kind == "fetch" and job.state in ("running", "paused", "failed")
+            return fetch or (action == "cancel" and job is not None and job.state == "running")
         if not isinstance(row, Installed) or (job is not None and job.state == "running"):
             return False
         return not row.built_in if action == "remove" else row.size is not None
@@ -176,7 +177,7 @@ class ModelsScreen(Screen[None]):
         row, job = self.selected
         if job is not None and job.kind == "fetch" and job.state in ("paused", "failed"):
             self.qwen.jobs.resume(job.name)
-        elif job is not None and job.state == "running":
+        elif job is not None and job.state == "running" and job.kind == "fetch":
             self.qwen.tell(f"{job.name} is on its way: {self.qwen.key_of('models.pause')} pauses it.")
         elif isinstance(row, Advice):
             self._plan(row.model.name)
@@ -204,9 +205,11 @@ class ModelsScreen(Screen[None]):
     def action_pause(self) -> None:
         """Pause what is under way, or go on with it."""
         _, job = self.selected
-        if job is not None and job.state == "running":
+        if job is None or job.kind == "verify":
+            return
+        if job.state == "running":
             self.qwen.jobs.pause(job.name)
-        elif job is not None:
+        else:
             self.qwen.jobs.resume(job.name)
 
     def action_cancel(self) -> None:
