@@ -58,6 +58,21 @@ async def test_enter_sends_and_the_others_begin_a_line():
         assert composer.text == "a\nb\nc\nd", "what is sent goes once it is on its way"
 
 
+async def test_keys_keep_their_turn_however_fast_they_come():
+    async with writing() as (pilot, composer):
+        for key in ("a", "b", "enter", "c", "ctrl+j", "d", "enter"):
+            pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await wait_until(pilot, lambda: len(pilot.app.sent) == 2)
+        assert pilot.app.sent == ["ab", "abc\nd"] and composer.text == "abc\nd"
+
+
+async def test_keys_can_be_others():
+    async with writing() as (pilot, _):
+        pilot.app.set_keymap({"write.send": "ctrl+j", "write.newline": "enter"})
+        await pilot.press("a", "enter", "b", "ctrl+j")
+        assert pilot.app.sent == ["a\nb"]
+
+
 async def test_nothing_is_not_sent():
     async with writing() as (pilot, _):
         await pilot.press("enter", "space", "ctrl+j", "enter")

@@ -27,6 +27,7 @@ from qwen2_tui.keys import bind, shown
 _LEAST_LINES = 1
 _FRAME = 2
 _MOST_CHOICES = 12
+_IN_TURN = ("send", "newline", "earlier", "complete")
 
 
 class Composer(TextArea):
@@ -41,10 +42,10 @@ class Composer(TextArea):
     }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        bind("write.send", "send", show=True, priority=True),
-        bind("write.newline", "newline", show=True, priority=True),
+        bind("write.send", "send", show=True),
+        bind("write.newline", "newline", show=True),
         bind("write.earlier", "earlier"),
-        bind("write.complete", "complete", priority=True),
+        bind("write.complete", "complete"),
         bind("write.editor", "editor"),
     ]
 
@@ -120,24 +121,29 @@ class Composer(TextArea):
 
     # Keys
 
+    def on_key(self, event: events.Key) -> None:
+        """Keys that mean something else here than in any text, in their turn: as bindings, they would overtake letters, or be overtaken."""
+        bound = None if event.is_printable else self.screen.active_bindings.get(event.key)
+        if bound is None or bound.node is not self or bound.binding.action not in _IN_TURN:
+            return
+        try:
+            getattr(self, f"action_{bound.binding.action}")()
+        except SkipAction:
+            return
+        event.stop()
+        event.prevent_default()
+
     def on_paste(self, event: events.Paste) -> None:
         """All of it, as one piece, without what a terminal would obey. TextArea puts it in."""
         event.text = _typed(event.text)
 
     def action_send(self) -> None:
         """Sends what is written."""
-        # A binding with priority runs at once, while keys typed just before may still wait in this widget's queue: so it waits behind them.
-        self.call_later(self._send)
-
-    def _send(self) -> None:
         if self.text.strip():
             self.post_message(self.Sent(self.text))
 
     def action_newline(self) -> None:
         """A new line."""
-        self.call_later(self._newline)
-
-    def _newline(self) -> None:
         start, end = self.selection
         self._replace_via_keyboard("\n", start, end)
 
