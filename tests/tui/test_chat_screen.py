@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from textual import events
 from textual.pilot import Pilot
 
 from qwen2_local import paths
@@ -87,6 +88,14 @@ async def test_a_reply_grows_while_it_comes():
         app.scripted.go.release()
         await wait_until(pilot, lambda: idle(app))
         assert shown(app) == ["Count.", "one two three four"]
+
+
+async def test_what_is_typed_right_behind_enter_stays():
+    async with chatting("one") as (pilot, app):
+        for key in ("a", "b", "enter", "c", "d"):
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await wait_until(pilot, lambda: idle(app) and texts(app) == ["ab", "one"])
+        assert app.chat_screen.composer.text == "cd"
 
 
 async def test_a_second_question_waits_for_the_first_reply():

@@ -59,7 +59,7 @@ class Sending:
         if task.kind == "question" and screen.gauges.refuses(text):
             return
         plan = screen.acting.plan(task, joined(text, files))
-        screen.writing.sent()
+        screen.writing.sent(text)
         if task.kind == "question":
             screen.composer.questions = [text, *(one for one in screen.composer.questions if one != text)]
         screen.replying.begin(plan, text)

@@ -96,9 +96,10 @@ class Writing:
         self.open(self._stash)
         return True
 
-    def sent(self) -> None:
-        """What was written is on its way."""
-        self.open(self._stash if self.task is not _NEW else "")
+    def sent(self, text: str) -> None:
+        """`text` is on its way. What was typed behind it since then stays."""
+        since = self._composer.text.removeprefix(text) if self._composer.text.startswith(text) else ""
+        self.open((self._stash if self.task is not _NEW else "") + since)
         self.warned = None
 
     def give_back(self, text: str) -> None:
