@@ -506,6 +506,21 @@ async def test_a_file_is_counted_while_one_writes(tmp_path: Path, monkeypatch: p
         await wait_for_text(pilot, f"@notes.txt {tokens} tokens")
 
 
+async def test_how_a_path_goes_on_is_said_until_more_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("report.txt", "reply.md"):
+        (tmp_path / name).write_text("text")
+    monkeypatch.chdir(tmp_path)
+    async with chatting() as (pilot, app):
+        await pilot.press(*"see @r", "tab")
+        await wait_for_text(pilot, "reply.md  report.txt")
+        counted = app.chat_screen.chat.count("see @rep")
+        await wait_for_text(pilot, f" {counted:,} / 8,192")
+        assert "reply.md  report.txt" in screen_text(app)
+        await pilot.press("o", "tab")
+        await wait_for_text(pilot, "@report.txt")
+        await wait_until(pilot, lambda: "reply.md" not in screen_text(app))
+
+
 async def test_an_edit_keeps_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "notes.txt").write_text("as it was")
     monkeypatch.chdir(tmp_path)

@@ -236,7 +236,7 @@ class ChatScreen(ChatLayout):
 
     @on(Composer.Choices)
     def _choices(self, event: Composer.Choices) -> None:
-        self.writing.say(event.words)
+        self.writing.choose(event.words)
 
     @on(Transcript.Action)
     def _act(self, event: Transcript.Action) -> None:

@@ -48,6 +48,7 @@ class Writing:
         """The message that was counted last."""
         self.warned: str | None = None
         """The message of which was said that not all its files can be sent."""
+        self._choosing: str | None = None
         self._stash = ""
         self._turn = 0
         self._drafts: dict[int | None, str] = {}
@@ -112,6 +113,11 @@ class Writing:
         self.waiting = True
         self._composer.name_task("sent as soon as the model is there · esc takes it back")
 
+    def choose(self, words: str) -> None:
+        """How the path before the cursor could go on; said as long as nothing else is typed."""
+        self._choosing = self._composer.text
+        self.say(words)
+
     # Files, and how much room it takes
 
     def tokens(self, text: str) -> int:
@@ -157,7 +163,7 @@ class Writing:
     def _measured(self, turn: int, conversation: Conversation, text: str, measure: Measure, reading: attach.Reading) -> None:
         if turn == self._turn and conversation is self._screen.session.conversation:
             self.counted = text
-            if self.warned != text:
+            if text not in (self.warned, self._choosing):
                 self.say(" · ".join(attach.summary(reading)))
             self._screen.gauges.measured(measure)
 
