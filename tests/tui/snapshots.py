@@ -18,7 +18,6 @@ from rich.cells import cell_len
 from rich.style import Style
 from textual.pilot import Pilot
 from textual.strip import Strip
-from textual.widgets import Input, TextArea
 
 FOLDER = Path(__file__).parent / "snapshots"
 _LETTERS = ".abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -26,12 +25,8 @@ _LETTERS = ".abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 async def assert_looks_like(pilot: Pilot[Any], name: str) -> None:
     """Compares the screen with the snapshot `name`. Fails with what differs; with ACCEPT set it becomes the snapshot."""
-    screen = pilot.app.screen
-    for kind in (TextArea, Input):
-        for widget in screen.query(kind):
-            widget.cursor_blink = False
     await pilot.pause()
-    now = described(screen._compositor.render_strips())
+    now = described(pilot.app.screen._compositor.render_strips())
     path = FOLDER / f"{name}.txt"
     if os.environ.get("ACCEPT"):
         FOLDER.mkdir(exist_ok=True)
