@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class ChatLayout(Screen[None]):
     """Widgets, and nothing that they do. session: the conversation that is shown."""
 
-    CSS = """
-    ChatScreen {
+    # Not CSS: of the app's first screen, Textual does not read that.
+    DEFAULT_CSS = """
+    ChatLayout {
         #body { height: 1fr; }
         #main { width: 1fr; }
         #transcript { height: 1fr; }
