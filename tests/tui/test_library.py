@@ -152,8 +152,10 @@ def test_what_is_wrong_with_a_path_is_said_before_anything_is_written(
         ("# Flüsse in Laos #", "Flüsse in Laos"),
         ("\n\n...\n", ""),
         ("", ""),
-        ("C++ and C#", "C++ and C"),
-        ("\x1b[31mred\x1b[0m", "31mred[0m"),
+        ("C++ and C#", "C++ and C#"),
+        ("**Sorting in C (basics)**", "Sorting in C (basics)"),
+        ("„Flüsse“ und «Seen»!", "„Flüsse“ und «Seen»"),
+        ("\x1b[31mred\x1b[0m", "[31mred[0m"),
         ("word " * 40, "word " * 11 + "word…"),
     ],
 )

@@ -22,7 +22,9 @@ _READ = 800
 _TOKENS = 32
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 _KANA = re.compile("[\u3040-\u30ff]")
-_QUOTES = "\"'`*_#“”„‚‘’«»‹›「」『』《》()[]<> \t"
+_PAIRS = ('""', "''", "“”", "„“", "‘’", "‚‘", "«»", "»«", "‹›", "「」", "『』", "《》", "()", "[]", "<>")
+_MARKS = re.compile(r"^[\s*_`#]+|[\s*_`]+$|\s#+$")
+_STOPS = ".。!！:：;；,，"
 
 
 def can_propose(model: Model) -> bool:
@@ -76,8 +78,19 @@ def cleaned(text: str) -> str:
     lines = (line for line in clean(text).split("\n") if any(map(str.isalnum, line)))
     line = clean_line(next(lines, ""))
     line = re.sub(r"^[\W_]*(title|titel|titre|título|titolo|标题|題目|标题是|タイトル)[\W_]*[:：]", "", line, flags=re.IGNORECASE)
-    line = " ".join(line.strip(_QUOTES).rstrip(".。!！:：;；,，").strip(_QUOTES).split())
+    line = " ".join(_bare(line).split())
     if len(line) <= _LONGEST:
         return line
     head = line[:_LONGEST].rpartition(" ")[0]
     return (head if len(head) > _LONGEST // 2 else line[: _LONGEST - 1]) + "…"
+
+
+def _bare(line: str) -> str:
+    """Without Markdown, full stops, and quotation marks around all of it."""
+    while True:
+        bare = _MARKS.sub("", line).rstrip(_STOPS)
+        if len(bare) > 1 and bare[0] + bare[-1] in _PAIRS:
+            bare = bare[1:-1]
+        if bare == line:
+            return line
+        line = bare
