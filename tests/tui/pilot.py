@@ -76,9 +76,6 @@ class ScriptedJobs:
     def verify(self, name: str) -> None:
         self.asked.append(("verify", name))
 
-    def dismiss(self, name: str) -> None:
-        self.asked.append(("dismiss", name))
-
     def pause(self, name: str) -> None:
         self.asked.append(("pause", name))
 

@@ -45,7 +45,7 @@ class Jobs:
 
     @property
     def jobs(self) -> Mapping[str, Job]:
-        """What there is, also what is over until `dismiss`."""
+        """What there is, also what is over."""
         with self._lock:
             return dict(self._jobs)
 
@@ -102,12 +102,6 @@ class Jobs:
             job = self._jobs.get(name)
         if job is not None:
             threading.Thread(target=self._free, args=(job,), name="qwen2-local frees", daemon=True).start()
-
-    def dismiss(self, name: str) -> None:
-        """Forget what is over."""
-        with self._lock:
-            if name in self._jobs and self._jobs[name].state in ("done", "failed"):
-                del self._jobs[name]
 
     def close(self) -> None:
         """Pause all. What takes longer ends by itself. Idempotent."""
