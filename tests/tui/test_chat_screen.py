@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -576,3 +577,23 @@ async def test_names_and_errors_cannot_reach_the_terminals_controls():
         await pilot.pause()
         strips = app.screen._compositor.render_strips()
         assert not any("\x1b" in segment.text or "\x07" in segment.text for strip in strips for segment in strip)
+
+
+async def test_one_can_quit_while_something_is_counted(monkeypatch: pytest.MonkeyPatch):
+    go = threading.Event()
+    async with chatting("one", questions=1) as (pilot, app):
+        counting = threading.Event()
+        count = Chat.count
+
+        def slowly(self: Chat, text: str = "") -> int:
+            counting.set()
+            assert go.wait(10)
+            return count(self, text)
+
+        monkeypatch.setattr(Chat, "count", slowly)
+        await pilot.press("a")
+        await wait_until(pilot, counting.is_set)
+        await pilot.press("ctrl+q")
+        await wait_until(pilot, lambda: not app.is_running)
+        go.set()
+    assert app.return_code == 0

@@ -187,10 +187,10 @@ class Acting:
             stopped = done is None or done.finish_reason == "cancelled"
         except Qwen2LocalError as error:
             stopped = True
-            self._screen.app.call_from_thread(self._screen.qwen.problem, error)
+            self._screen.app.call_later(self._screen.qwen.problem, error)
         finally:
             self._summary = None
-        self._screen.app.call_from_thread(self._summarised, conversation, "" if stopped else text.strip())
+        self._screen.app.call_later(self._summarised, conversation, "" if stopped else text.strip())
 
     def _summarised(self, conversation: Conversation, text: str) -> None:
         screen = self._screen

@@ -85,9 +85,9 @@ class Entering:
             title = store.summary(broken).title if broken is not None else ""
             left = _Left(number, store.questions(), store.draft(None), broken, title)
         except Qwen2LocalError as error:
-            qwen.call_from_thread(qwen.problem, error)
+            qwen.call_later(qwen.problem, error)
             left = _Left(opening.chat, (), "", None, "")
-        qwen.call_from_thread(self._begun, left)
+        qwen.call_later(self._begun, left)
 
     def _begun(self, left: _Left) -> None:
         screen = self._screen
@@ -118,9 +118,9 @@ class Entering:
                     session.conversation.use(model)
             draft = qwen.store.draft(number)
         except Qwen2LocalError as error:
-            qwen.call_from_thread(qwen.problem, error)
+            qwen.call_later(qwen.problem, error)
             return
-        qwen.call_from_thread(self._was_read, turn, message, session, draft)
+        qwen.call_later(self._was_read, turn, message, session, draft)
 
     def _was_read(self, turn: int, message: int | None, session: Session, draft: str) -> None:
         if turn == self._turn:
@@ -169,9 +169,9 @@ class Entering:
         try:
             session.conversation.use(model, system)
         except Qwen2LocalError as error:
-            qwen.call_from_thread(qwen.problem, error)
+            qwen.call_later(qwen.problem, error)
             return
-        qwen.call_from_thread(self._taken, session)
+        qwen.call_later(self._taken, session)
 
     def _taken(self, session: Session) -> None:
         """The model is there for a conversation that was just opened, or that had another, or one that died."""

@@ -40,7 +40,7 @@ class Sending:
     def _read(self, text: str, task: Task) -> None:
         """In a thread: the files that it mentions."""
         reading = attach.read(text, self._screen.writing.tokens, kept=task.files)
-        self._screen.app.call_from_thread(self._was_read, text, task, reading)
+        self._screen.app.call_later(self._was_read, text, task, reading)
 
     def _was_read(self, text: str, task: Task, reading: attach.Reading) -> None:
         writing = self._screen.writing

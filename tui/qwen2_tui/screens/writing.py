@@ -158,7 +158,7 @@ class Writing:
             measure = conversation.measure(joined(text, reading.files) if text.strip() else "")
         except Qwen2LocalError:
             return  # the model is gone; whoever asks it something will hear of it
-        self._screen.app.call_from_thread(self._measured, turn, conversation, text, measure, reading)
+        self._screen.app.call_later(self._measured, turn, conversation, text, measure, reading)
 
     def _measured(self, turn: int, conversation: Conversation, text: str, measure: Measure, reading: attach.Reading) -> None:
         if turn == self._turn and conversation is self._screen.session.conversation:

@@ -191,7 +191,7 @@ class Composer(TextArea):
 
     def _complete(self, mention: str) -> None:
         done = attach.complete(mention)
-        self.app.call_from_thread(self._completed, mention, done)
+        self.app.call_later(self._completed, mention, done)
 
     def _completed(self, mention: str, done: attach.Completion | None) -> None:
         row, column = self.cursor_location
