@@ -417,6 +417,16 @@ async def test_a_reply_goes_on_while_one_looks_at_another_chat():
         await wait_until(pilot, lambda: idle(app) and shown(app) == ["question 1", "one", "More.", "two three four"])
 
 
+async def test_a_worker_that_dies_behind_another_chat_is_said_too():
+    async with chatting(Say("two three", hold=1)) as (pilot, app):
+        await ask(pilot, "More.")
+        await wait_until(pilot, lambda: app.chat_screen.session.live.progress().written == 1)
+        await pilot.press("ctrl+n")
+        await wait_until(pilot, lambda: not app.chat_screen.busy)
+        app.scripted.die()
+        await wait_until(pilot, lambda: "killed" in words(app) and app.host.state.crashed)
+
+
 async def test_a_chat_is_there_before_its_model(store: ChatStore):
     chat = Chat(ScriptedModel("one"), store=store)
     chat.send("hello")

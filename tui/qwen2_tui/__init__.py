@@ -6,6 +6,7 @@
   keys       the table of keys: bindings, footer, help and keymap come from it
   theme      light and dark; commands: the palette
   opening    what the app begins with; ending: what becomes of it where nobody chose to leave; logfile: where it writes what went wrong
+  conversation  a chat as the screen knows it; session: with its reply on the way; turns: messages as shown; summary: to begin another with
   live       a reply on its way, read by a thread; pace: how often it is shown
   library    what is done with saved chats
   inventory  the models that there are, and what this machine has for them; plan: what a fetch would do

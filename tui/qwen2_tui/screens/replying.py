@@ -97,7 +97,11 @@ class Replying:
         session = screen.session
         for other in [one for one in self._behind if one.live is not None and one.live.over]:
             self._behind.remove(other)
-            other.settle()
+            _, live = other.settle()
+            if isinstance(live.error, WorkerDied):
+                self._failed(live.error)
+            elif live.error is not None:
+                screen.qwen.problem(live.error)
             screen.chats_changed()
         if session.live is not None:
             if session.live.over:
