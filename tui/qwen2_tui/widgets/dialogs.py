@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
@@ -112,11 +112,9 @@ class Ask(ModalScreen[str | None]):
     def _leave(self) -> None:
         self.dismiss(None)
 
-    def on_click(self, event: object) -> None:
-        """A click on the proposal takes it."""
-        widget = getattr(event, "widget", None)
-        if widget is not None and widget.id == "proposal":
-            self.action_take()
+    @on(events.Click, "#proposal")
+    def _clicked(self) -> None:
+        self.action_take()
 
     def action_take(self) -> None:
         """The proposal into the line; without one, on to the next field."""

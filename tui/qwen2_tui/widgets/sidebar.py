@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -82,6 +82,15 @@ class Sidebar(Vertical):
         """A new chat is wanted; temporary: one that leaves nothing on the disk."""
 
         temporary: bool
+
+    @dataclass
+    class Looked(Message, bubble=False):
+        """What a thread has found in the store; posted, not called, as the app may be gone meanwhile."""
+
+        asked: int
+        words: list[str]
+        rows: list[Row]
+        problem: str = ""
 
     @dataclass
     class Left(Message):
@@ -199,16 +208,17 @@ class Sidebar(Vertical):
             else:
                 rows = [Row(one.id, one.title, one.used, one.pinned) for one in self._store.summaries()]
         except Qwen2LocalError as error:
-            self.app.call_from_thread(self._failed, error)
+            self.post_message(self.Looked(asked, [], [], error.what))
         else:
-            self.app.call_from_thread(self._show, asked, words, rows)
+            self.post_message(self.Looked(asked, words, rows))
 
-    def _show(self, asked: int, words: list[str], rows: list[Row]) -> None:
-        if asked == self._asked:  # else another answer is on its way
-            self._list.show(rows, now=time.time(), words=words, empty="Nothing was found." if words else "No chats yet.")
-
-    def _failed(self, error: Qwen2LocalError) -> None:
-        self.notify(clean_line(error.what), severity="warning", markup=False)
+    def on_sidebar_looked(self, event: Sidebar.Looked) -> None:
+        """Shows it, unless another answer is on its way."""
+        if event.problem:
+            self.notify(clean_line(event.problem), severity="warning", markup=False)
+        elif event.asked == self._asked:
+            empty = "Nothing was found." if event.words else "No chats yet."
+            self._list.show(event.rows, now=time.time(), words=event.words, empty=empty)
 
     @on(Input.Changed, "#search")
     def _typed(self, event: Input.Changed) -> None:
@@ -231,9 +241,9 @@ class Sidebar(Vertical):
         self.drawer = False
         self.post_message(self.New(temporary=event.button.id == "new-temporary"))
 
-    def on_key(self, event: object) -> None:
+    def on_key(self, event: events.Key) -> None:
         """Down leads from the search into what was found."""
-        if getattr(event, "key", "") == "down" and self.query_one("#search").has_focus:
+        if event.key == "down" and self.query_one("#search").has_focus:
             self._list.focus()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
