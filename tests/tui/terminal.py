@@ -144,13 +144,16 @@ class Terminal:
     def wait_until(self, condition: Callable[[], object], words: str = "still not so", timeout: float = 20) -> str:
         """Until `condition()`; the screen."""
         until = time.monotonic() + timeout
-        while not condition():
+        while True:
+            before = len(self.raw)
+            if condition():
+                break
             ended = self._over and not condition()
             if ended or time.monotonic() > until:
                 state = f"the app ended with {self.process.poll()}" if ended else f"after {timeout:g} s"
                 raise AssertionError(f"{words}, {state}; on the screen:\n{self.text}")
             with self._came:
-                if len(self.raw) == self._seen:
+                if len(self.raw) == before:
                     self._came.wait(0.05)
         return self.text
 
