@@ -580,6 +580,13 @@ async def test_a_draft_is_kept_as_it_is_typed(store: ChatStore):
         await wait_until(pilot, lambda: idle(app) and store.draft(app.chat_screen.number) == "")
 
 
+async def test_a_new_chat_instead_of_a_new_chat_costs_no_letter():
+    async with chatting() as (pilot, app):
+        await pilot.press(*"draft", "ctrl+n")
+        await wait_until(pilot, lambda: idle(app))
+        assert app.chat_screen.composer.text == "draft"
+
+
 async def test_names_and_errors_cannot_reach_the_terminals_controls():
     async with chatting(dies("evil \x1b]52;c;AAAA\x07 text", after=3, words="Gone \x1b[2J away."), questions=0) as (pilot, app):
         await ask(pilot, "Well \x1b[31m?")

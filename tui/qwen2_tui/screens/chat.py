@@ -101,7 +101,8 @@ class ChatScreen(ChatLayout):
 
     def new_chat(self, temporary: bool = False) -> None:
         """An empty one. A reply that is under way goes on behind it."""
-        draft = "" if temporary else self.writing.unsent
+        here = self.number is None and not self.temporary  # what is being written is for a new chat already
+        draft = "" if temporary else self.writing.draft if here else self.writing.unsent
         self.entering.enter(Session(Conversation(self.qwen.store, temporary=temporary)), draft)
 
     def open_chat(self, number: int, message: int | None = None) -> None:
