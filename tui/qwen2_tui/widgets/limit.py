@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import BindingType
 from textual.containers import ItemGrid, Vertical
 from textual.content import Content
 from textual.message import Message
@@ -80,7 +78,6 @@ class OfferBar(Vertical):
         Button { min-width: 0; width: auto; height: 1; padding: 0 1; }
     }
     """
-    BINDINGS: ClassVar[list[BindingType]] = []
 
     class Chosen(Message):
         """A choice was made. kind, key: of the offer and of the choice."""

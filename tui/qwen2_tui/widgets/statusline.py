@@ -21,16 +21,12 @@ _BAR = 10
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the line shows. words: said instead of speeds, while there is no model, say. memory: bytes, 0: not known. measure: None: not counted yet.
-
-    exact: False while the message is still being counted.
-    """
+    """What the line shows. words: said instead of speeds, while there is no model, say. memory: bytes, 0: not known. measure: None: not counted yet."""
 
     words: str = ""
     progress: Progress | None = None
     memory: int = 0
     measure: Measure | None = None
-    exact: bool = True
 
 
 class StatusLine(Static):
@@ -126,8 +122,7 @@ def _right(numbers: Numbers) -> Iterator[str]:
     if measure is None:
         yield ""
         return
-    about = "" if numbers.exact else "~"
-    used = f"{about}{measure.used:,} / {measure.most:,}"
+    used = f"{measure.used:,} / {measure.most:,}"
     cached = f" ({measure.cached:,} from cache)" if measure.cached else ""
     yield f"context {bar(measure.used, measure.most)} {used}{cached}"
     yield f"context {used}{cached}"
