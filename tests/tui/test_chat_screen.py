@@ -455,6 +455,28 @@ async def test_what_was_found_in_another_branch_is_shown(store: ChatStore):
         assert screen.transcript.selected == 2
 
 
+async def test_a_question_sent_while_a_chat_is_still_taken_over_waits(store: ChatStore, monkeypatch: pytest.MonkeyPatch):
+    chat = Chat(ScriptedModel("one"), store=store)
+    chat.send("hello")
+    go, load = threading.Event(), Chat.load
+    loader = ScriptedLoader(ScriptedModel("two"), hold=True)
+    app = make_app(loader=loader, store=store, opening={"chat": chat.number})
+
+    def slowly(*args: Any, **options: Any) -> Chat:
+        assert go.wait(10)
+        return load(*args, **options)
+
+    async with app.run_test(size=(100, 30)) as pilot:
+        await wait_until(pilot, lambda: shown(app) == ["hello", "one"])
+        monkeypatch.setattr(Chat, "load", slowly)
+        loader.go.release()
+        await wait_until(pilot, lambda: app.host.state.phase == "ready")
+        await ask(pilot, "again")
+        assert app.chat_screen.composer.text == "again"
+        go.set()
+        await wait_until(pilot, lambda: idle(app) and texts(app) == ["hello", "one", "again", "two"])
+
+
 async def test_a_temporary_chat_goes_on_with_another_model():
     small, large = ScriptedModel("one"), ScriptedModel("two", name="7b")
     app = make_app(loader=ScriptedLoader(small, models={"7b": large}), opening={"temporary": True})

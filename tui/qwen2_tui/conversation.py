@@ -115,12 +115,12 @@ class Conversation:
             # It could not be saved: another model gets it by way of a store in memory.
             self.store = ChatStore.temporary()
             number = chat.save(store=self.store)
-        self.model = model
         if number is None:
             self.chat = Chat(model, system=system, store=self.store, overflow=self.overflow)
         else:
             self.chat = Chat.load(model, number, self.store, overflow=self.overflow)
             self._record, self._all = (), {}
+        self.model = model  # last: who looks meanwhile sees the one before
 
     def keep_options(self) -> None:
         """Keep them with a saved chat. For a thread. What cannot be kept counts as long as the chat is open."""

@@ -21,7 +21,7 @@ _BAR = 10
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the line shows. words: said instead of speeds, while there is no model, say. memory: bytes, 0: not known. measure: None: not counted yet."""
+    """What the line shows. words: instead of speeds, while there is no model, say. memory: bytes, 0: not known. measure: None: not counted."""
 
     words: str = ""
     progress: Progress | None = None
