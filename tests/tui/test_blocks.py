@@ -158,6 +158,10 @@ def test_the_law_holds_for_lines_that_are_too_long(size: int) -> None:
     assert blocks(*(text[at : at + size] for at in range(0, len(text), size))) == blocks(text)
 
 
+def test_after_a_line_that_is_too_long_the_next_is_looked_at_again() -> None:
+    assert outline("x" * (LINE + 5) + "\n# h")[1:] == [("text", "x" * 5), ("heading", "h")]
+
+
 # Beside another implementation.
 
 

@@ -14,7 +14,7 @@ from qwen2_tui.markdown.blocks import Block, Blocks
 from qwen2_tui.markdown.code import highlight, language
 from qwen2_tui.markdown.document import KEPT, Document
 from qwen2_tui.markdown.ink import ADDRESS, BOLD, CODE, FLAGS, ITALIC, LINK, STRIKE, Kind, ink
-from qwen2_tui.markdown.inline import closed, runs
+from qwen2_tui.markdown.inline import BRACKETS, closed, runs
 from qwen2_tui.markdown.render import MEASURE, Line, estimate, render
 from qwen2_tui.markdown.wrap import chop, spans, wrap
 
@@ -135,6 +135,12 @@ def test_signs_without_end_are_cheap(sign: str) -> None:
         runs(one)
         closed(one)
     assert time.process_time() - began < 0.5
+
+
+def test_too_many_brackets_are_no_links() -> None:
+    text = "[a](b) " * (BRACKETS + 1)
+    assert runs(text) == ((text, ink(Kind.TEXT)),)
+    assert len(runs("[a](b) " * BRACKETS)) == 3 * BRACKETS
 
 
 # Lines.

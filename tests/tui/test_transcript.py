@@ -163,6 +163,11 @@ async def test_a_flush_draws_the_changed_rows_only() -> None:
         transcript.feed("two ")
         await pilot.pause()
         assert len(set(drawn)) == 1
+        growing = drawn[0]
+        drawn.clear()
+        transcript.end_stream(reply("one two "))
+        await pilot.pause()
+        assert growing in drawn  # the cursor goes
 
 
 # Where the window stays.
