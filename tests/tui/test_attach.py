@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from qwen2_tui import attach
-from qwen2_tui.attach import Completion, Mention, complete, mentions, read, unfinished
 
 from qwen2_local.chats.attached import Attached
+from qwen2_tui import attach
+from qwen2_tui.attach import Completion, Mention, complete, mentions, read, unfinished
 
 
 def words(text: str) -> int:
