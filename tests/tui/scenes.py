@@ -208,7 +208,7 @@ async def crashed(pilot: Pilot[Any]) -> None:
         await wait_for_text(pilot, "It was")
         pilot.app.scripted.die()
         await wait_for_text(pilot, "safe mode")
-        await wait_for_text(pilot, "the model crashed")
+        await wait_for_text(pilot, "398 / 32,768")
 
 
 SCENES: dict[str, Callable[[Pilot[Any]], Awaitable[None]]] = {
