@@ -129,8 +129,8 @@ def long(messages: int, pages: int) -> dict[str, Any]:
     with program("app", "guide") as window:
         window.wait_for("ready", timeout=60)
         window.type(ctrl("f"))
-        window.type("A long")
-        window.wait_for("A long one")
+        window.type("zanzi")
+        window.wait_for("Zanzibar")
         window.wait_until_still()
         pressed = time.monotonic()
         window.type(ENTER)

@@ -98,7 +98,7 @@ def _speed(report: str) -> Callable[[Completion], None]:
 
 
 def fill(messages: int) -> int:
-    """A chat of so many messages in this home's store, Markdown of all kinds; its number. The last one says "the very last"."""
+    """A chat of so many messages in this home's store, Markdown of all kinds, named "Zanzibar"; its number. The last one says "the very last"."""
     said = sentences()
     kinds: list[Callable[[], str]] = [
         lambda: " ".join(next(said) for _ in range(3)),
@@ -112,7 +112,7 @@ def fill(messages: int) -> int:
         words = "the very last" if last else next(said) if number % 2 == 0 else kinds[number // 2 % len(kinds)]()
         turns.append(ChatMessage("user" if number % 2 == 0 else "assistant", words, id=number + 1, parent=number or None, created=1.0 + number))
     with ChatStore.open() as store:
-        return store.insert(ChatRecord("A long one", True, False, 1.0, 2.0, messages, tuple(turns)))[0]
+        return store.insert(ChatRecord("Zanzibar", True, False, 1.0, 2.0, messages, tuple(turns)))[0]
 
 
 def _write(report: str, value: dict[str, float]) -> None:
