@@ -50,6 +50,22 @@ async def test_stop_then_continue():
         await wait_until(pilot, lambda: texts(app)[-1] == stopped + " and the rest")
 
 
+async def test_after_a_question_the_keys_are_about_its_reply():
+    """Whatever turn was selected before: tab goes to the newest."""
+    app = make_app("first reply", "second reply")
+    async with running(app) as pilot:
+        await ask(pilot, "One?")
+        await wait_until(pilot, lambda: "first reply" in screen_text(app) and idle(app))
+        await pilot.press("tab", "up", "shift+tab")
+        await wait_until(pilot, lambda: app.focused is app.chat_screen.composer)
+        await ask(pilot, "Two?")
+        await wait_until(pilot, lambda: "second reply" in screen_text(app) and idle(app))
+        await pilot.press("tab")
+        transcript = app.chat_screen.transcript
+        await wait_until(pilot, lambda: transcript.has_focus)
+        assert transcript.turns[transcript.selected].text == "second reply"
+
+
 async def test_regenerate_and_walk_the_branches():
     app = make_app("first reply", "second reply")
     async with running(app) as pilot:

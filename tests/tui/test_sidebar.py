@@ -187,6 +187,17 @@ async def test_below_80_columns_it_is_a_drawer(store: ChatStore) -> None:
         await wait_until(pilot, lambda: main.region.width == 80)
 
 
+async def test_the_keyboard_does_not_stay_in_it_when_the_window_gets_narrow(store: ChatStore) -> None:
+    app = make_app()
+    async with running(app, size=(100, 30)) as pilot:
+        app.chat_screen.sidebar.focus_list()
+        await wait_until(pilot, lambda: isinstance(app.focused, ChatList))
+        await pilot.resize_terminal(60, 20)
+        await wait_until(pilot, lambda: app.focused is app.chat_screen.composer)
+        await pilot.press("h", "i")
+        assert app.chat_screen.composer.text == "hi"
+
+
 async def test_two_thousand_chats_are_shown_and_walked_through_at_once(tmp_path: Path) -> None:
     with ChatStore.open(tmp_path / "chats.db") as store:
         store.insert_all([chat(f"Chat {number}", "with some words", hours=number) for number in range(2000)])

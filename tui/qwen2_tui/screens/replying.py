@@ -43,8 +43,7 @@ class Replying:
         if plan.asked is not None:
             transcript.append(plan.asked)
         transcript.begin_stream(plan.reply)
-        if transcript.has_focus:
-            transcript.selected = len(transcript.turns) - 1
+        transcript.selected = len(transcript.turns) - 1 if transcript.has_focus else None
         conversation = session.conversation
         number = conversation.number
 

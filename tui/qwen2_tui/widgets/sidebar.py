@@ -179,6 +179,8 @@ class Sidebar(Vertical):
         if narrow != self._narrow:
             self._narrow = narrow
             self.drawer = False
+            if narrow and self.has_focus_within:  # else what is typed goes into a list that nobody sees
+                self.post_message(self.Left())
             self._place()
 
     def _focus_moved(self, focused: Widget | None) -> None:
