@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from qwen2_local.chats import ChatStore
+from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
 from tests.tui.terminal import ALT_ENTER, CTRL_J, ENTER, ESC, ROOT, SHIFT_ENTER, children, ctrl, gone, program, scripted
 
 ANSWER = "Three rivers: **Mekong**, Nam Ou and Nam Khan."
@@ -60,6 +60,21 @@ def test_every_way_to_a_new_line():
         window.type(ENTER)
         window.wait_for("Understood.")
     assert "one\ntwo\nthree\nfour" in [one.text for one in messages()]
+
+
+@pytest.mark.parametrize("columns", [100, 60])
+def test_letters_right_behind_a_key_go_where_it_leads(columns: int):
+    """Typed in one go, as fast people and slow machines do; at 60 columns the list is a drawer."""
+    with ChatStore.open() as store:
+        for title in ("Rivers", "Lakes"):
+            turns = (ChatMessage("user", f"About {title}?", id=1), ChatMessage("assistant", "Much.", id=2, parent=1))
+            store.insert(ChatRecord(title, True, False, 1.0, 2.0, 2, turns))
+    with scripted("'Understood.'", columns=columns) as window:
+        window.wait_for("ready", "send")
+        window.type(ctrl("f") + "rivers")
+        window.wait_until(lambda: "Rivers" in window.text and "Lakes" not in window.text, "not searched for")
+        window.type(ENTER)
+        window.wait_for("About Rivers?")
 
 
 def test_a_large_paste_is_one_message():

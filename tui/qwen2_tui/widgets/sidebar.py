@@ -150,7 +150,8 @@ class Sidebar(Vertical):
     def focus_search(self) -> None:
         """To the search, wherever it is."""
         self._open()
-        self.query_one("#search", Line).focus()
+        # At once: `focus` would wait behind letters that are typed right after the key, and they would go into the message.
+        self.screen.set_focus(self.query_one("#search", Line))
 
     def focus_list(self) -> None:
         """To the chats."""
