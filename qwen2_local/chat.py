@@ -186,6 +186,8 @@ class Chat:
         self._current: Callable[[], Reply | None] = lambda: None
         # Held while messages and tip change together: a reply is kept by the thread that reads it, and others look meanwhile.
         self._changing = threading.RLock()
+        # Held while the store is told: one thread may go to another branch while the next reply begins in another.
+        self._telling = threading.RLock()
         if system is not None:
             require_text(system, "The system message")
             # It is saved with the first question: who only looks leaves no empty chats.
@@ -202,6 +204,15 @@ class Chat:
         return chat
 
     # What is there
+
+    def with_model(self, model: ChatModel) -> Self:
+        """The same conversation, to go on with by another model. What could not be saved yet goes along; this one is not to be used any more."""
+        self._require_idle()
+        other = type(self)(model, store=self._store, overflow=self.overflow)
+        with self._telling, self._changing:
+            other._number, other._messages, other._tip, other._local = self._number, self._messages, self._tip, self._local
+            other._behind, other._moved, other._chunks, other.unsaved = self._behind, self._moved, self._chunks, self.unsaved
+        return other
 
     @property
     def model(self) -> ChatModel:
@@ -378,7 +389,9 @@ class Chat:
         self._require_idle()
         if self._store is None or (store is not None and store is not self._store):
             self._store, self._number, self.unsaved = store or _own_store(), None, ""
-        self._catch_up()
+        with self._telling:
+            self._catch_up()
+            self.unsaved = ""
         assert self._number is not None
         self._keep_chunks(())
         if title:
@@ -430,8 +443,8 @@ class Chat:
 
     def _end_with(self, message: int) -> None:
         self._require_idle()
-        self._tip, self._moved = message, True
         with self._storing():
+            self._tip, self._moved = message, True
             if self._store is not None and self._number is not None:
                 self._catch_up()
 
@@ -475,15 +488,15 @@ class Chat:
     def _keep(self, message: ChatMessage, chunks: Sequence[str] = (), *, final: bool) -> ChatMessage:
         """A new message, or one that has grown, into memory and the store. final: False for a reply that is still being written."""
         message = replace(message, created=message.created or time.time())
-        if message.id:
-            # Its question may have got another id meanwhile.
-            with self._changing:
-                message = replace(message, parent=self._messages[message.id].parent)
-                self._messages[message.id] = message
-        else:
-            message = self._put(message)
-        self._behind[message.id] = final
         with self._storing():
+            if message.id:
+                # Its question may have got another id meanwhile.
+                with self._changing:
+                    message = replace(message, parent=self._messages[message.id].parent)
+                    self._messages[message.id] = message
+            else:
+                message = self._put(message)
+            self._behind[message.id] = final
             if self._store is not None:
                 numbers = self._catch_up()
                 message = self._messages[numbers.get(message.id, message.id)]
@@ -500,12 +513,13 @@ class Chat:
     @contextmanager
     def _storing(self) -> Iterator[None]:
         """A store that fails costs no reply: the chat goes on in memory, and `unsaved` says so."""
-        try:
-            yield
-            if not self._behind:
-                self.unsaved = ""
-        except Qwen2LocalError as error:
-            self.unsaved = error.what
+        with self._telling:
+            try:
+                yield
+                if not self._behind:
+                    self.unsaved = ""
+            except Qwen2LocalError as error:
+                self.unsaved = error.what
 
     def _catch_up(self) -> dict[int, int]:
         """Puts what the store does not know yet into the store; the new ids by the old ones."""

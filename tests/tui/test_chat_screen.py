@@ -16,6 +16,7 @@ from qwen2_local import paths
 from qwen2_local.chat import Chat
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
 from qwen2_local.errors import BackendError, DoesNotFit
+from qwen2_tui.model import LoadWish
 from tests.tui.pilot import ask, make_app, running, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedLoader, ScriptedModel, dies
 
@@ -636,3 +637,28 @@ async def test_one_can_quit_while_something_is_counted(monkeypatch: pytest.Monke
         await wait_until(pilot, lambda: not app.is_running)
         go.set()
     assert app.return_code == 0
+
+
+# What cannot be saved
+
+
+def fail(store: ChatStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing more goes to the disk."""
+    monkeypatch.setattr(store, "read_only", "The disk is full.")
+
+
+async def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore, monkeypatch: pytest.MonkeyPatch):
+    loader = ScriptedLoader(models={"guide": ScriptedModel("one", "two"), "other": ScriptedModel("three", name="other")})
+    async with chatting(loader=loader, store=store, questions=1) as (pilot, app):
+        app.action_new()
+        await wait_until(pilot, lambda: idle(app) and not texts(app))
+        fail(store, monkeypatch)
+        await asked(pilot, "Kept?")
+        app.switch_model(LoadWish("other"))
+        await wait_until(pilot, lambda: idle(app))
+        assert texts(app) == ["Kept?", "two"]
+        assert app.chat_screen.number is None, "it is not the first chat, whose number it might get elsewhere"
+        monkeypatch.undo()
+        await asked(pilot, "And now?")
+        assert app.chat_screen.number == 2
+        assert [one.text for one in store.record(2).messages] == ["Kept?", "two", "And now?", "three"]

@@ -590,6 +590,32 @@ def test_a_store_that_fails_costs_no_reply(store: ChatStore) -> None:
     assert saved(store, chat) == shown(chat) == ["a", "one", "b", "two", "c", "three"]
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore, begun: bool) -> None:
+    chat = Chat(ScriptedModel("one", "two"), store=store)
+    if begun:
+        chat.send("a")
+    store.read_only = "The home cannot be written."
+    chat.send("b")
+    other = chat.with_model(ScriptedModel("three"))
+    assert other.unsaved == "The home cannot be written."
+    assert shown(other) == shown(chat)
+    store.read_only = ""
+    other.send("c")
+    assert other.unsaved == ""
+    assert saved(store, other) == shown(other) == [*shown(chat), "c", "three"]
+    assert len(store.summaries()) == 1
+
+
+def test_saving_again_saves_the_rest(store: ChatStore) -> None:
+    chat = Chat(ScriptedModel("one"), store=store)
+    store.read_only = "The home cannot be written."
+    chat.send("a")
+    store.read_only = ""
+    chat.save()
+    assert (chat.unsaved, saved(store, chat)) == ("", ["a", "one"])
+
+
 class Failing(ChatStore):
     """Its write number `fails` does."""
 

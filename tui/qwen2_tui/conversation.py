@@ -111,16 +111,20 @@ class Conversation:
         from qwen2_local.chat import Chat
 
         chat, number = self.chat, self._number if self.chat is None else self.chat.number
-        if chat is not None and number is None and not self.empty:
-            # It could not be saved: another model gets it by way of a store in memory.
-            self.store = ChatStore.temporary()
-            number = chat.save(store=self.store)
-        if number is None:
+        if chat is not None and not self.empty and (number is None or chat.unsaved):
+            self.chat = chat.with_model(model)  # what could not be saved is nowhere else
+        elif number is None:
             self.chat = Chat(model, system=system, store=self.store, overflow=self.overflow)
         else:
             self.chat = Chat.load(model, number, self.store, overflow=self.overflow)
             self._record, self._all = (), {}
         self.model = model  # last: who looks meanwhile sees the one before
+
+    def save(self) -> None:
+        """Try again to save what could not be. For a thread."""
+        if self.chat is not None and self.chat.unsaved:
+            with suppress(Qwen2LocalError):
+                self.chat.save()
 
     def keep_options(self) -> None:
         """Keep them with a saved chat. For a thread. What cannot be kept counts as long as the chat is open."""
