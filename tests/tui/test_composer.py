@@ -14,6 +14,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qwen2_tui.widgets.composer import Composer
+from qwen2_tui.widgets.dialogs import Line
+from qwen2_tui.widgets.fieldrow import Prose
 from tests.tui.pilot import wait_until
 
 
@@ -64,6 +66,21 @@ async def test_keys_keep_their_turn_however_fast_they_come():
             pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await wait_until(pilot, lambda: len(pilot.app.sent) == 2)
         assert pilot.app.sent == ["ab", "abc\nd"] and composer.text == "abc\nd"
+
+
+@pytest.mark.parametrize("kind", [Composer, Line, Prose])
+async def test_no_letter_overtakes_a_correction(kind: type[Composer | Line | Prose]):
+    class Field(App[None]):
+        def compose(self) -> ComposeResult:
+            yield kind()
+
+    app = Field()
+    async with app.run_test(size=(60, 24)) as pilot:
+        field = app.query_one(kind)
+        field.focus()
+        for key in ("x", "ctrl+u", "t", "e", "h", "backspace", "backspace", "h", "e", "left", "left", "delete", "a"):
+            app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await wait_until(pilot, lambda: (field.value if isinstance(field, Line) else field.text) == "tae")
 
 
 async def test_keys_can_be_others():

@@ -23,11 +23,11 @@ from textual.widgets import TextArea
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_tui import attach
 from qwen2_tui.keys import bind, shown
+from qwen2_tui.widgets.inturn import in_turn
 
 _LEAST_LINES = 1
 _FRAME = 2
 _MOST_CHOICES = 12
-_IN_TURN = ("send", "newline", "earlier", "complete")
 
 
 class Composer(TextArea):
@@ -121,17 +121,9 @@ class Composer(TextArea):
 
     # Keys
 
-    def on_key(self, event: events.Key) -> None:
-        """Keys that mean something else here than in any text, in their turn: as bindings, they would overtake letters, or be overtaken."""
-        bound = None if event.is_printable else self.screen.active_bindings.get(event.key)
-        if bound is None or bound.node is not self or bound.binding.action not in _IN_TURN:
-            return
-        try:
-            getattr(self, f"action_{bound.binding.action}")()
-        except SkipAction:
-            return
-        event.stop()
-        event.prevent_default()
+    async def on_key(self, event: events.Key) -> None:
+        """No letter overtakes a key that was pressed before it."""
+        await in_turn(self, event)
 
     def on_paste(self, event: events.Paste) -> None:
         """All of it, as one piece, without what a terminal would obey. TextArea puts it in."""

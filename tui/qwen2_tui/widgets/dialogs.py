@@ -21,6 +21,7 @@ from textual.widgets import Button, Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from qwen2_local.sanitize import clean, clean_line
+from qwen2_tui.widgets.inturn import in_turn
 
 _FRAME = """
     align: center middle;
@@ -39,6 +40,10 @@ class Line(Input):
 
     def __init__(self, value: str = "", *, placeholder: str = "", id: str | None = None, compact: bool = True) -> None:
         super().__init__(clean_line(value), placeholder, id=id, compact=compact)
+
+    async def on_key(self, event: events.Key) -> None:
+        """No letter overtakes a key that was pressed before it."""
+        await in_turn(self, event)
 
     def insert_text_at_cursor(self, text: str) -> None:
         """What is typed or pasted, in one line."""

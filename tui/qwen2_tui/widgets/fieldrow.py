@@ -18,6 +18,7 @@ from textual.widgets import Input, Static, TextArea
 from qwen2_local.sanitize import clean, clean_line
 from qwen2_tui.fields import Field, Value
 from qwen2_tui.widgets.dialogs import Line
+from qwen2_tui.widgets.inturn import in_turn
 
 
 class Pick(Static, can_focus=True):
@@ -67,6 +68,10 @@ class Pick(Static, can_focus=True):
 
 class Prose(TextArea):
     """Several lines; up in the first and down in the last lead out of it."""
+
+    async def on_key(self, event: events.Key) -> None:
+        """No letter overtakes a key that was pressed before it."""
+        await in_turn(self, event)
 
     def action_cursor_up(self, select: bool = False) -> None:
         """A line up."""
