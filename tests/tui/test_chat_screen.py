@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 from qwen2_local import paths
 from qwen2_local.chat import Chat
 from qwen2_local.chats import ChatMessage, ChatRecord, ChatStore
-from qwen2_local.errors import BackendError, DoesNotFit
+from qwen2_local.errors import BackendError, DoesNotFit, UsageError
 from qwen2_tui.model import LoadWish
 from tests.tui.pilot import ask, make_app, running, screen_text, wait_for_text, wait_until
 from tests.tui.scripted import Say, ScriptedLoader, ScriptedModel, dies
@@ -344,6 +344,7 @@ async def test_a_summary_begins_a_new_chat():
         app.chat_screen.acting.choose("summarise")
         await wait_until(pilot, lambda: idle(app) and app.chat_screen.session.conversation.empty)
         assert "Summarise our conversation" in app.scripted.read
+        assert app.scripted.options[-1]["persist"] is False, "its KV would outlive the chat"
         assert app.chat_screen.composer.text == "and then?"
         await pilot.press("enter")
         await wait_until(pilot, lambda: idle(app) and texts(app)[-1:] == ["three"])
@@ -662,3 +663,78 @@ async def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore, mo
         await asked(pilot, "And now?")
         assert app.chat_screen.number == 2
         assert [one.text for one in store.record(2).messages] == ["Kept?", "two", "And now?", "three"]
+
+
+# What was written is not lost
+
+
+def refusing(app: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until this is set, the next question is looked at; then it is refused."""
+    go = threading.Event()
+
+    def stream(text: str, **_: Any) -> None:
+        go.wait(5)
+        raise UsageError("This cannot be asked.")
+
+    monkeypatch.setattr(app.chat_screen.chat, "stream", stream)
+    return go
+
+
+async def test_what_was_refused_comes_back_before_what_is_being_written(monkeypatch: pytest.MonkeyPatch):
+    async with chatting("one", questions=1) as (pilot, app):
+        go = refusing(app, monkeypatch)
+        await ask(pilot, "A long question.")
+        await pilot.press("m", "o", "r", "e")
+        go.set()
+        await wait_until(pilot, lambda: idle(app))
+        assert app.chat_screen.composer.text == "A long question.\nmore"
+
+
+async def test_what_was_refused_behind_another_chat_is_its_draft(store: ChatStore, monkeypatch: pytest.MonkeyPatch):
+    async with chatting("one", questions=1) as (pilot, app):
+        go = refusing(app, monkeypatch)
+        await ask(pilot, "A long question.")
+        await pilot.press("ctrl+n")
+        await wait_until(pilot, lambda: app.chat_screen.number is None)
+        go.set()
+        await wait_until(pilot, lambda: store.draft(1) == "A long question.")
+
+
+async def test_a_refused_edit_of_a_reply_can_be_sent_again():
+    async with chatting("one", Say(refuse=BackendError("It failed.")), " and more", questions=1) as (pilot, app):
+        await on_turn(pilot, -1, "e")
+        app.chat_screen.composer.write("Two")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: idle(app) and app.chat_screen.composer.text == "Two")
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: idle(app) and texts(app)[-1] == "Two and more")
+
+
+async def test_what_is_typed_before_the_last_draft_was_read_comes_behind_it(store: ChatStore, monkeypatch: pytest.MonkeyPatch):
+    store.keep_draft(None, "an old draft, ")
+    go, questions = threading.Event(), ChatStore.questions
+    monkeypatch.setattr(ChatStore, "questions", lambda self: go.wait(5) and questions(self))
+    async with chatting() as (pilot, app):
+        await pilot.press("a", "b")
+        app.chat_screen.writing.keep_draft()
+        go.set()
+        await wait_until(pilot, lambda: app.chat_screen.composer.text == "an old draft, ab")
+    assert store.draft(None) == "an old draft, ab"
+
+
+async def test_beginning_with_another_chat_costs_no_draft(store: ChatStore):
+    number, _ = store.insert(ChatRecord("One", False, False, 1, 1, 1, (ChatMessage("user", "one", id=1),)))
+    store.keep_draft(None, "for a new chat")
+    async with chatting(store=store, opening={"chat": number}) as (pilot, app):
+        await wait_until(pilot, lambda: app.chat_screen.number == number)
+        assert app.chat_screen.composer.text == ""
+        await pilot.press("ctrl+n")
+        await wait_until(pilot, lambda: app.chat_screen.composer.text == "for a new chat")
+
+
+async def test_a_question_that_was_picked_leaves_the_draft():
+    async with chatting("one") as (pilot, app):
+        app.chat_screen.composer.insert("half a thought")
+        app.chat_screen.ask("What can you do?")
+        await wait_until(pilot, lambda: idle(app) and texts(app) == ["What can you do?", "one"])
+        assert app.chat_screen.composer.text == "half a thought"

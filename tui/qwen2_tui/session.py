@@ -12,6 +12,7 @@ from qwen2_tui.widgets.transcript import Turn
 
 if TYPE_CHECKING:
     from qwen2_local.chat import Reply
+    from qwen2_tui.screens.writing import Task
 
 
 class Session:
@@ -23,6 +24,8 @@ class Session:
         self.plan: Plan | None = None
         self.typed = ""
         """What a person typed for the reply that is under way."""
+        self.task: Task | None = None
+        """What it was typed for."""
         self._came: list[str] = []
 
     @property
@@ -30,7 +33,7 @@ class Session:
         """Is a reply under way, or over but not looked at yet?"""
         return self.live is not None
 
-    def begin(self, plan: Plan, typed: str, begun: Callable[[], None]) -> None:
+    def begin(self, plan: Plan, typed: str, task: Task | None, begun: Callable[[], None]) -> None:
         """Ask for a reply. begun: called in its thread once the question is kept."""
 
         def begin(told: Reading) -> Reply:
@@ -38,7 +41,7 @@ class Session:
             begun()
             return reply
 
-        self.plan, self.typed, self._came = plan, typed, []
+        self.plan, self.typed, self.task, self._came = plan, typed, task, []
         self.live = LiveReply(begin)
 
     def take(self) -> str:

@@ -31,7 +31,8 @@ def begin(model: Model, messages: Sequence[ChatMessage]) -> Readable:
         del sizes[0], turns[0]
     while turns and turns[0].role != "user":  # a reply alone tells nothing
         del turns[0]
-    return model.respond([*system, *turns, tail], max_tokens=longest)
+    # Its KV is of no use to anybody later, and would outlive the chat.
+    return model.respond([*system, *turns, tail], max_tokens=longest, persist=False)
 
 
 def system_with(summary: str, system: str | None) -> str:

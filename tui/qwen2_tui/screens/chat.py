@@ -115,7 +115,7 @@ class ChatScreen(ChatLayout):
 
     def ask(self, text: str) -> None:
         """As if it had been typed and sent."""
-        self.composer.write(text)
+        self.writing.ask(text)
         self.composer.action_send()
 
     def stop(self) -> bool:

@@ -92,6 +92,7 @@ class Entering:
     def _begun(self, left: _Left) -> None:
         screen = self._screen
         screen.composer.questions = left.questions
+        screen.writing.begin(left.draft)
         if self._turn:
             return  # somebody was faster
         if left.number is not None:
@@ -99,8 +100,6 @@ class Entering:
             return
         if screen.qwen.opening.temporary:
             screen.new_chat(temporary=True)
-        elif not screen.composer.text:
-            screen.writing.open(left.draft)
         self._broken = left.broken
         if left.broken is not None and screen.offers.offer is None:
             words = f"The last chat ended in the middle: {left.title}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qwen2_local.errors import ContextOverflow, Qwen2LocalError, UsageError, WorkerDied
@@ -16,7 +18,9 @@ from qwen2_tui.widgets.limit import Choice, Offer
 from qwen2_tui.widgets.transcript import Turn
 
 if TYPE_CHECKING:
+    from qwen2_local.chats import ChatMessage
     from qwen2_tui.screens.chat import ChatScreen
+    from qwen2_tui.screens.writing import Task
 
 _TICK_S = 0.05
 _NUMBERS_S = 0.25
@@ -33,8 +37,8 @@ class Replying:
         self._behind: list[Session] = []
         self._timer = screen.set_interval(_TICK_S, self._tick, pause=True)
 
-    def begin(self, plan: Plan, typed: str = "") -> None:
-        """Ask for a reply, and show it as it comes. typed: what a person wrote for it."""
+    def begin(self, plan: Plan, typed: str = "", task: Task | None = None) -> None:
+        """Ask for a reply, and show it as it comes. typed: what a person wrote for it, and what for."""
         screen, transcript = self._screen, self._screen.transcript
         session = screen.session
         screen.offers.hide()
@@ -51,9 +55,9 @@ class Replying:
             if number is None:
                 conversation.keep_options()
             if typed and not conversation.temporary:
-                screen.writing.clear_draft(number)
+                screen.writing.clear_draft(conversation, number)
 
-        session.begin(plan, typed, begun)
+        session.begin(plan, typed, task, begun)
         self._timer.resume()
         screen.reply_changed()
 
@@ -96,7 +100,10 @@ class Replying:
         session = screen.session
         for other in [one for one in self._behind if one.live is not None and one.live.over]:
             self._behind.remove(other)
-            _, live = other.settle()
+            plan, live = other.settle()
+            conversation = other.conversation
+            if other.typed and not conversation.temporary and not _kept(plan, conversation.messages):
+                screen.run_worker(partial(screen.writing.give_back_later, conversation.number, other.typed), thread=True, group="draft")
             if isinstance(live.error, WorkerDied):
                 self._failed(live.error)
             elif live.error is not None:
@@ -124,9 +131,8 @@ class Replying:
         note = clean_line(error.what) if isinstance(error, WorkerDied) else ""
         self._settle(plan, growing, conversation.turns(plan.kept), note)
         messages = conversation.messages
-        asked = messages[plan.kept].text if plan.asked is not None and len(messages) > plan.kept else None
-        if plan.asked is not None and asked != plan.text:
-            screen.writing.give_back(session.typed)
+        if session.task is not None and not _kept(plan, messages):
+            screen.writing.give_back(session.typed, session.task)
         screen.gauges.last = live.progress()
         if error is not None:
             self._failed(error)
@@ -171,3 +177,9 @@ class Replying:
         else:
             screen.qwen.problem(error)
             screen.offers.show(Offer("failed", "The reply failed.", (Choice("retry", "try again"),), grave=True))
+
+
+def _kept(plan: Plan, messages: Sequence[ChatMessage]) -> bool:
+    """Is what a person wrote for a reply that is over in its conversation?"""
+    there = messages[plan.kept].text if len(messages) > plan.kept else ""
+    return there == plan.text if plan.asked is not None else there.startswith(plan.text)

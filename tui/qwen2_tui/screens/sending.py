@@ -62,4 +62,4 @@ class Sending:
         screen.writing.sent(text)
         if task.kind == "question":
             screen.composer.questions = [text, *(one for one in screen.composer.questions if one != text)]
-        screen.replying.begin(plan, text)
+        screen.replying.begin(plan, text, task)

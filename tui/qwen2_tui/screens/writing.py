@@ -49,6 +49,9 @@ class Writing:
         self.warned: str | None = None
         """The message of which was said that not all its files can be sent."""
         self._choosing: str | None = None
+        self.unsent = ""
+        """The draft of the chat that is not there yet."""
+        self._begun = False
         self._stash = ""
         self._turn = 0
         self._drafts: dict[int | None, str] = {}
@@ -61,14 +64,27 @@ class Writing:
         """The message to be, also while something else is edited."""
         return self._composer.text if self.task is _NEW else self._stash
 
-    @property
-    def unsent(self) -> str:
-        """The draft of the chat that is not there yet."""
-        with suppress(Qwen2LocalError):
-            return self._screen.qwen.store.draft(None) if None not in self._drafts else self._drafts[None]
-        return ""
-
     # What is written for
+
+    def begin(self, unsent: str) -> None:
+        """unsent: the draft that the last visit left; what was typed meanwhile comes behind it."""
+        conversation = self._screen.session.conversation
+        here = conversation.number is None and not conversation.temporary
+        if here:
+            self.unsent = self._composer.text
+        self._begun = True
+        self.unsent = unsent + self.unsent
+        if here and unsent:
+            self._composer.write(self.unsent)
+        self._drafts[None] = self.unsent
+
+    def ask(self, text: str) -> None:
+        """Write a question that was not typed. The draft waits."""
+        if self.task is _NEW:
+            self._stash = self._composer.text
+        self.task = Task()
+        self._composer.name_task("")
+        self._composer.write(text)
 
     def open(self, draft: str) -> None:
         """Begin with the draft of another conversation."""
@@ -103,10 +119,21 @@ class Writing:
         self.open((self._stash if self.task is not _NEW else "") + since)
         self.warned = None
 
-    def give_back(self, text: str) -> None:
-        """What was sent and could not be asked; not over what is being written since."""
-        if not self._composer.text:
-            self._composer.write(text)
+    def give_back(self, text: str, task: Task) -> None:
+        """What was sent and could not be asked. What is being written since comes behind it, or waits."""
+        if task.kind == "question":
+            self._composer.write("\n".join(filter(None, (text, self._composer.text))))
+        else:
+            self.edit(task.kind, task.index, text, task.files)
+
+    def give_back_later(self, number: int | None, text: str) -> None:
+        """In a thread: the same in a chat that is not open."""
+        with suppress(Qwen2LocalError):
+            before = self.unsent if number is None else self._screen.qwen.store.draft(number)
+            self._drafts[number] = "\n".join(filter(None, (text, before)))
+            if number is None:
+                self.unsent = self._drafts[None]
+        self.store_drafts()
 
     def wait(self) -> None:
         """Send it as soon as there is a model, as it is written by then."""
@@ -169,10 +196,17 @@ class Writing:
 
     def keep_draft(self) -> None:
         """Keep what was typed, in the background."""
+        self._note_draft()
+        self._screen.run_worker(self.store_drafts, thread=True, group="draft")
+
+    def _note_draft(self) -> None:
         conversation = self._screen.session.conversation
-        if not conversation.temporary:
+        if conversation.temporary:
+            return
+        if conversation.number is None:
+            self.unsent = self.draft
+        if conversation.number is not None or self._begun:  # else it would come in place of what is about to be read
             self._drafts[conversation.number] = self.draft
-            self._screen.run_worker(self.store_drafts, thread=True, group="draft")
 
     def store_drafts(self) -> None:
         """In a thread: drafts as they are by now."""
@@ -183,14 +217,18 @@ class Writing:
                 with suppress(Qwen2LocalError):
                     self._screen.qwen.store.keep_draft(number, text)
 
-    def clear_draft(self, number: int | None) -> None:
-        """In a thread: it was sent."""
-        self._drafts[number] = ""
-        self.store_drafts()
+    def clear_draft(self, conversation: Conversation, number: int | None) -> None:
+        """In a thread: it was sent, from what was the chat `number` then. What is being written since is kept instead."""
+        if conversation is self._screen.session.conversation:
+            if number is None:
+                self.unsent = self._drafts[None] = ""
+            self._drafts[conversation.number] = self.draft
+            self.store_drafts()
 
     def keep_last(self) -> None:
         """In a thread, at the app's end."""
-        conversation = self._screen.session.conversation
-        if not conversation.temporary:
-            self._drafts[conversation.number] = self.draft
+        self._note_draft()
+        if not self._begun and self.unsent:
+            with suppress(Qwen2LocalError):
+                self._drafts[None] = self._screen.qwen.store.draft(None) + self.unsent
         self.store_drafts()
