@@ -373,8 +373,11 @@ class Chat:
         """The conversation now ends with message `turn`; what came after it stays, as a branch. The next `send` goes on from here."""
         self._end_with(self._at(turn).id)
 
-    def switch(self, turn: int, number: int) -> None:
-        """To the alternative `number` of `branches(turn)`, and to the latest that came of it."""
+    def switch(self, turn: int, number: int, *, keep: bool = True) -> None:
+        """To the alternative `number` of `branches(turn)`, and to the latest that came of it.
+
+        keep: False leaves the writing to the next turn, or to `save`: then this takes no time.
+        """
         choices = self.branches(turn)
         if not 0 <= number < len(choices):
             raise UsageError(f"Message {turn} has no alternative {number}.", hint=f"It has {len(choices)}, counted from 0.")
@@ -382,7 +385,11 @@ class Chat:
         latest = {message.parent: message.id for message in self._messages.values()}
         while tip in latest:
             tip = latest[tip]
-        self._end_with(tip)
+        if keep:
+            self._end_with(tip)
+        else:
+            self._require_idle()
+            self._tip, self._moved = tip, True
 
     def save(self, title: str = "", *, store: ChatStore | None = None) -> int:
         """Keep the conversation, from now on after every turn, too; its number. title: by default from the first question."""
@@ -542,9 +549,13 @@ class Chat:
             else:
                 self._store.update(self._number, message, index=final)
             del self._behind[old]
-        if self._moved:
-            self._store.end_with(self._number, self._tip)
-            self._moved = False
+        while self._moved:
+            self._moved = False  # another thread may move on meanwhile
+            try:
+                self._store.end_with(self._number, self._tip)
+            except BaseException:
+                self._moved = True
+                raise
         return numbers
 
     def _renumber(self, numbers: dict[int, int]) -> None:

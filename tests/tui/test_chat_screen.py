@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -663,6 +664,19 @@ async def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore, mo
         await asked(pilot, "And now?")
         assert app.chat_screen.number == 2
         assert [one.text for one in store.record(2).messages] == ["Kept?", "two", "And now?", "three"]
+
+
+async def test_walking_the_branches_waits_for_no_disk(store: ChatStore):
+    async with chatting("one", "two", questions=1) as (pilot, app):
+        await on_turn(pilot, -1, "r")
+        await wait_until(pilot, lambda: idle(app) and texts(app)[-1] == "two")
+        other = sqlite3.connect(paths.home() / "chats.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")  # another app writes
+        await on_turn(pilot, -1, "left")
+        assert shown(app)[-1] == "one"
+        other.execute("ROLLBACK")
+        other.close()
+        await wait_until(pilot, lambda: store.record(1).tip == app.chat_screen.chat.messages[-1].id)
 
 
 # What was written is not lost

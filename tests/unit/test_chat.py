@@ -616,6 +616,16 @@ def test_saving_again_saves_the_rest(store: ChatStore) -> None:
     assert (chat.unsaved, saved(store, chat)) == ("", ["a", "one"])
 
 
+def test_going_to_a_branch_can_be_kept_later(store: ChatStore) -> None:
+    chat = Chat(ScriptedModel("one", "two"), store=store)
+    chat.send("a")
+    chat.regenerate()
+    chat.switch(1, 0, keep=False)
+    assert (shown(chat), saved(store, chat)) == (["a", "one"], ["a", "two"])
+    chat.save()
+    assert saved(store, chat) == ["a", "one"]
+
+
 class Failing(ChatStore):
     """Its write number `fails` does."""
 

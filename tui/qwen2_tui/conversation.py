@@ -121,8 +121,8 @@ class Conversation:
         self.model = model  # last: who looks meanwhile sees the one before
 
     def save(self) -> None:
-        """Try again to save what could not be. For a thread."""
-        if self.chat is not None and self.chat.unsaved:
+        """Save what is not: the branch that one looks at, or what could not be saved before. For a thread."""
+        if self.chat is not None and not self.empty:
             with suppress(Qwen2LocalError):
                 self.chat.save()
 
@@ -208,13 +208,13 @@ class Conversation:
         return self._plan(index, text or "", place, lambda told: chat.stream_continue(text, index, **wishes, progress=told), begun=begun)
 
     def switch(self, index: int, step: int) -> bool:
-        """To the alternative of the turn at `index` that is `step` further. Is there one?"""
+        """To the alternative of the turn at `index` that is `step` further. Is there one? `save` keeps that."""
         chat = self._ready()
         number, count = self._place(index)
         wanted = number - 1 + step
         if not 0 <= wanted < count:
             return False
-        chat.switch(index, wanted)
+        chat.switch(index, wanted, keep=False)
         return True
 
     def repeated(self, index: int) -> bool:

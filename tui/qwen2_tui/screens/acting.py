@@ -122,6 +122,7 @@ class Acting:
         """To another alternative."""
         screen = self._screen
         if self._conversation.switch(index, step):
+            screen.run_worker(self._conversation.save, thread=True, group="place")
             screen.transcript.truncate(index)
             for turn in self._conversation.turns(index):
                 screen.transcript.append(turn)
