@@ -196,6 +196,14 @@ async def test_the_message_can_be_written_in_ones_editor(tmp_path, monkeypatch, 
         assert composer.text == "text and more[2J"
 
 
+async def test_an_editor_that_is_no_command_is_said(monkeypatch, lent):
+    monkeypatch.setenv("EDITOR", "vim '")
+    async with writing() as (pilot, composer):
+        await pilot.press(*"text", "ctrl+e")
+        assert [one.message for one in pilot.app._notifications] == ["vim ': No such file or directory. Name your editor in $EDITOR."]
+        assert composer.text == "text"
+
+
 async def test_what_was_written_for_the_editor_is_gone_afterwards(tmp_path, monkeypatch, lent):
     seen = tmp_path / "seen"
     monkeypatch.setenv("VISUAL", editor(tmp_path / "edit.py", f"pathlib.Path({str(seen)!r}).write_text(str(file))"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -137,6 +138,12 @@ def test_garbage_gives_notes_and_no_error(data: bytes) -> None:
     read, notes = understood(data, "settings.toml")
     assert read == Settings() or notes == () or tomllib.loads(data.decode("utf-8-sig"))
     assert all(note.startswith("settings.toml") and note.isprintable() for note in notes)
+
+
+@pytest.mark.parametrize("keys", ["\x1b[31m", " ", ",,", "a\nb"])
+def test_a_key_is_a_name_that_can_be_shown(keys: str) -> None:
+    read, notes = understood(f'[keys]\n"write.send" = {json.dumps(keys)}'.encode(), "settings.toml")
+    assert (read.keys, len(notes)) == ({}, 1)
 
 
 ANY = st.recursive(

@@ -60,7 +60,8 @@ class _Reader:
                 presets[name] = ChatSettings(**self._fields(table, path, CHAT))
         bound = {}
         for id, wanted in self._table(tree, "keys").items():
-            if isinstance(wanted, str) and wanted.strip():
+            # A key's name is shown wherever the key is.
+            if isinstance(wanted, str) and clean_line(wanted) == wanted and any(map(str.strip, wanted.split(","))):
                 bound[id] = wanted
             else:
                 self._wrong.append((("keys", id), f'The key {id[:40]} is not given as text: write "{id[:40]}" = "ctrl+j".'))

@@ -201,7 +201,11 @@ class Composer(TextArea):
 
     def action_editor(self) -> None:
         """The message in $VISUAL or $EDITOR, and what becomes of it there back here."""
-        command = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "") or ["vi"]
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+        try:
+            command = shlex.split(editor) or ["vi"]
+        except ValueError:  # quotation marks that do not close
+            command = [editor]
         try:
             with tempfile.TemporaryDirectory(prefix="qwen2-local-") as folder:
                 # A folder of one's own (0700): nobody else reads along.
