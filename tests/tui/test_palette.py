@@ -9,7 +9,7 @@ from textual.app import App, SystemCommand
 from textual.widgets import OptionList
 
 from qwen2_tui.screens.palette import PaletteScreen
-from tests.tui.pilot import make_app, screen_text, wait_for_text, wait_until
+from tests.tui.pilot import make_app, running, screen_text, wait_for_text, wait_until
 
 NAMES = ("New chat", "Rename this chat", "Delete this chat", "Theme: light", "Theme: dark", "[b]Odd[/b] \x1b[31mname")
 
@@ -43,6 +43,15 @@ async def test_what_is_typed_in_one_burst_is_found_and_done():
         await wait_for_text(pilot, "nord")
         await pilot.press(*"nord", "enter")
         await wait_until(pilot, lambda: app.theme == "nord" and app.screen is app.chat_screen)
+
+
+async def test_sections_of_the_settings_are_found_by_their_names():
+    app = make_app()
+    async with running(app) as pilot:
+        await pilot.press("ctrl+p", *"presets", "enter")
+        await wait_for_text(pilot, "keep the settings of this chat as a preset")
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: app.screen is app.chat_screen)
 
 
 async def test_enter_alone_does_nothing_and_escape_leaves():

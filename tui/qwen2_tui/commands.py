@@ -30,10 +30,12 @@ def commands(app: QwenApp, screen: Screen[Any]) -> Iterable[SystemCommand]:
         ("app.sidebar", "Show or hide chats", "", app.action_sidebar),
         ("app.undo", "Undo the deletion of chats", "", app.action_undo),
         ("app.models", "Models", "fetch, switch, verify, remove", app.action_models),
-        ("app.settings", "Settings", "", app.action_settings),
+        ("app.settings", "Settings", "this chat, every new chat, the model, the look", app.action_settings),
         ("app.help", "Help", "all keys", app.action_help),
     ):
         yield SystemCommand(title, " · ".join(filter(None, (app.key_of(id), words))), act)
+    yield SystemCommand("Presets", "settings of a chat under a name", partial(app.open_settings, "presets"))
+    yield SystemCommand("Keys", "change what keys do", partial(app.open_settings, "keys"))
     yield SystemCommand("Compare two models", "one prompt, side by side", app.open_compare)
     if app.host.state.phase in ("ready", "failed"):
         yield SystemCommand("Restart the model", "load it again", partial(app.host.restart, safe=False))

@@ -61,11 +61,12 @@ class Everywhere(App[None]):
 
         self._open(ModelsScreen)
 
-    def open_settings(self) -> None:
-        """The settings."""
+    def open_settings(self, section: str = "chat") -> None:
+        """The settings, at one of their sections."""
         from qwen2_tui.screens.settings import SettingsScreen
 
-        self._open(SettingsScreen)
+        if not isinstance(self.screen, SettingsScreen):
+            self.push_screen(SettingsScreen(section))
 
     def open_compare(self) -> None:
         """Two models beside each other."""

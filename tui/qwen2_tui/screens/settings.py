@@ -58,12 +58,16 @@ class SettingsScreen(Screen[None]):
         """The app, by its own type."""
         return cast("QwenApp", self.app)
 
+    def __init__(self, section: str = "chat") -> None:
+        super().__init__()
+        self._first = section
+
     def compose(self) -> ComposeResult:
         """The sections, of which each is filled when it is first looked at."""
         self._made: dict[str, list[FieldRow]] = {}
         yield TopLine()
-        yield Tabs(*(Tab(title, id=name) for name, title in SECTIONS.items()))
-        with ContentSwitcher(initial="section-chat"):
+        yield Tabs(*(Tab(title, id=name) for name, title in SECTIONS.items()), active=self._first)
+        with ContentSwitcher(initial=f"section-{self._first}"):
             for name in SECTIONS:
                 yield VerticalScroll(id=f"section-{name}", classes="section", can_focus=False)
         yield Static(id="state", markup=False)
