@@ -29,7 +29,7 @@ def exam() -> Iterator[ModuleType]:
     sys.path[:] = before
 
 
-@pytest.mark.parametrize(("name", "least"), [("guide", 0.84), ("guide:q4_0", 0.82)])
+@pytest.mark.parametrize(("name", "least"), [("guide", 0.90), ("guide:q4_0", 0.89)])
 def test_it_answers_phrasings_it_was_never_taught(exam: ModuleType, name: str, least: float) -> None:
     with Qwen2(name, backend="llama.cpp") as model:
         data = exam.corpus.load(0)
@@ -38,7 +38,7 @@ def test_it_answers_phrasings_it_was_never_taught(exam: ModuleType, name: str, l
     assert right / count >= least
 
 
-@pytest.mark.parametrize(("name", "least"), [("guide", 0.86), ("guide:q4_0", 0.84)])
+@pytest.mark.parametrize(("name", "least"), [("guide", 0.88), ("guide:q4_0", 0.86)])
 def test_it_passes_an_exam_by_somebody_who_never_saw_its_phrasings(exam: ModuleType, name: str, least: float) -> None:
     with Qwen2(name, backend="llama.cpp") as model:
         right, count = exam.blind(model)
@@ -50,7 +50,7 @@ def test_it_repeats_what_it_is_given(exam: ModuleType) -> None:
     with Qwen2("guide") as model:
         right, count = exam.repeat(model, exam.corpus.load(0), 60)
     assert count == 60
-    assert right / count >= 0.75
+    assert right / count >= 0.80
 
 
 def test_it_remembers_what_it_was_told() -> None:
