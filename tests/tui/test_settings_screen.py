@@ -65,7 +65,7 @@ async def test_every_setting_is_explained_and_checked_as_one_types_and_saved_int
         await pilot.press("ctrl+s")
         await wait_until(pilot, lambda: app.settings.chat == ChatSettings(temperature=1.0))
         await wait_until(pilot, lambda: kept() == app.settings)
-        assert "All of it lies in" in screen_text(app)
+        assert "What is set for one chat lies with it, all else in" in screen_text(app)
         # What changes elsewhere is shown, but not over what was typed.
         row(screen, "seed").put(7)
         app.change_settings(Settings(chat=ChatSettings(seed=1, top_k=4)))

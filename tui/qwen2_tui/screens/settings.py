@@ -104,7 +104,7 @@ class SettingsScreen(Screen[None]):
         state = self.query_one("#state", Static)
         state.set_class(bool(edited), "-edited")
         if not edited:
-            state.update(f"All of it lies in {clean_line(str(self.qwen.settings_file.path))}", layout=False)
+            state.update(f"What is set for one chat lies with it, all else in {clean_line(str(self.qwen.settings_file.path))}", layout=False)
             return
         what = "1 change" if len(edited) == 1 else f"{len(edited)} changes"
         anew = " The model is then loaded anew." if any(row.edited for row in self._rows("model")) else ""
