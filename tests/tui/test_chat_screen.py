@@ -644,26 +644,39 @@ async def test_one_can_quit_while_something_is_counted(monkeypatch: pytest.Monke
 # What cannot be saved
 
 
-def fail(store: ChatStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on nothing more goes to the disk."""
-    monkeypatch.setattr(store, "read_only", "The disk is full.")
-
-
-async def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore, monkeypatch: pytest.MonkeyPatch):
+async def test_what_is_not_saved_goes_on_with_another_model(store: ChatStore):
     loader = ScriptedLoader(models={"guide": ScriptedModel("one", "two"), "other": ScriptedModel("three", name="other")})
     async with chatting(loader=loader, store=store, questions=1) as (pilot, app):
         app.action_new()
         await wait_until(pilot, lambda: idle(app) and not texts(app))
-        fail(store, monkeypatch)
+        store.read_only = "The disk is full."
         await asked(pilot, "Kept?")
         app.switch_model(LoadWish("other"))
         await wait_until(pilot, lambda: idle(app))
         assert texts(app) == ["Kept?", "two"]
         assert app.chat_screen.number is None, "it is not the first chat, whose number it might get elsewhere"
-        monkeypatch.undo()
+        store.read_only = ""
         await asked(pilot, "And now?")
         assert app.chat_screen.number == 2
         assert [one.text for one in store.record(2).messages] == ["Kept?", "two", "And now?", "three"]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_what_is_not_saved_is_kept_until_it_can_be(store: ChatStore, begun: bool):
+    async with chatting("one", "two", store=store, questions=1) as (pilot, app):
+        if not begun:
+            app.action_new()
+            await wait_until(pilot, lambda: idle(app) and not texts(app))
+        store.read_only = "The disk is full."
+        await asked(pilot, "Kept?")
+        app.action_new()
+        await wait_until(pilot, lambda: idle(app) and not texts(app))
+        if begun:
+            app.chat_screen.open_chat(1)
+            await wait_until(pilot, lambda: texts(app) == ["question 1", "one", "Kept?", "two"])
+        store.read_only = ""
+    with ChatStore.open(paths.home() / "chats.db") as read:
+        assert [one.text for chat in (1, 2)[: 2 - begun] for one in read.record(chat).messages] == ["question 1", "one", "Kept?", "two"]
 
 
 async def test_walking_the_branches_waits_for_no_disk(store: ChatStore):

@@ -172,6 +172,7 @@ class ChatScreen(ChatLayout):
         self.writing.keep_last()
         for live in running:
             live.wait(_LEAVE_S)
+        self.replying.save()
 
     def commands(self) -> Iterable[SystemCommand]:
         """For the palette."""

@@ -35,6 +35,7 @@ class Replying:
         self._numbers = 0.0
         self._unsaved = ""
         self._behind: list[Session] = []
+        self._unsaved_ones: list[Session] = []
         self._timer = screen.set_interval(_TICK_S, self._tick, pause=True)
 
     def begin(self, plan: Plan, typed: str = "", task: Task | None = None) -> None:
@@ -62,16 +63,27 @@ class Replying:
         screen.reply_changed()
 
     def leave(self, session: Session) -> None:
-        """The person looks at another conversation; a reply goes on."""
+        """The person looks at another conversation; a reply goes on, and what could not be saved is not let go of."""
         if session.running:
             self._behind.append(session)
+        elif session.conversation.unsaved:
+            self._unsaved_ones.append(session)
+            self._screen.run_worker(self.save, thread=True, group="save")
+
+    def save(self) -> None:
+        """In a thread: try again to save what could not be."""
+        for session in (*self._unsaved_ones, self._screen.session):
+            session.conversation.save()
 
     def come_back(self, number: int) -> Session | None:
-        """The conversation with a reply that went on meanwhile, if there is one of that number."""
-        found = next((one for one in self._behind if one.conversation.number == number), None)
-        if found is not None:
-            self._behind.remove(found)
-        return found
+        """The conversation of that number, if a reply went on in it meanwhile, or the disk does not have all of it."""
+        self._unsaved_ones = [one for one in self._unsaved_ones if one.conversation.unsaved]
+        for kept in (self._behind, self._unsaved_ones):
+            found = next((one for one in kept if one.conversation.number == number), None)
+            if found is not None:
+                kept.remove(found)
+                return found
+        return None
 
     def show(self, session: Session) -> None:
         """All of a conversation, with the reply that is on its way."""
@@ -101,6 +113,7 @@ class Replying:
         for other in [one for one in self._behind if one.live is not None and one.live.over]:
             self._behind.remove(other)
             plan, live = other.settle()
+            self.leave(other)
             conversation = other.conversation
             if other.typed and not conversation.temporary and not _kept(plan, conversation.messages):
                 screen.run_worker(partial(screen.writing.give_back_later, conversation.number, other.typed), thread=True, group="draft")
