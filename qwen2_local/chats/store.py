@@ -104,7 +104,7 @@ class ChatStore(Desk):
     # Messages
 
     def add(self, chat: int, message: ChatMessage, *, index: bool = True) -> int:
-        """Puts a message behind its parent, and the conversation now ends with it. Its id.
+        """Puts a message behind its parent, and the conversation now ends with it; a question takes the chat out of the trash. Its id.
 
         index: False for a reply that is still being written.
         """
@@ -112,6 +112,8 @@ class ChatStore(Desk):
         with self._writing() as db:
             rows.changed(db.execute("UPDATE chats SET used = ? WHERE id = ?", (now, rows.number(chat))), chat)
             if message.role == "user":
+                # Who goes on with a chat that was deleted elsewhere wants it.
+                db.execute("UPDATE chats SET trashed = NULL WHERE id = ? AND trashed IS NOT NULL", (chat,))
                 db.execute("UPDATE chats SET title = ? WHERE id = ? AND NOT named AND title = ''", (title_of(message.text), chat))
             number = rows.insert(db, chat, message.parent, replace(message, created=message.created or now), words=index)
             db.execute("UPDATE chats SET tip = ? WHERE id = ?", (number, chat))

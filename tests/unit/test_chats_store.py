@@ -435,6 +435,16 @@ def test_what_is_in_the_trash_is_in_no_list_and_may_come_back(store: ChatStore) 
     assert store.trashed() == [second], "all or none"
 
 
+def test_who_asks_in_a_chat_that_was_deleted_elsewhere_takes_it_out_of_the_trash(store: ChatStore) -> None:
+    chat = talk(store, "a", "b")
+    store.trash([chat])
+    question = store.add(chat, ChatMessage("user", "c", parent=store.record(chat).tip))
+    assert store.trashed() == []
+    store.trash([chat])
+    store.add(chat, ChatMessage("assistant", "d", parent=question))
+    assert store.trashed() == [chat], "a reply that was under way does not"
+
+
 def test_the_trash_is_emptied_after_a_while_or_by_name(store: ChatStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, fresh, named, stays = (talk(store, text) for text in ("old", "fresh", "named", "stays"))
     monkeypatch.setattr("time.time", lambda: 1000.0)
