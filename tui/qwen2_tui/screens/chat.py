@@ -51,6 +51,8 @@ class ChatScreen(ChatLayout):
         # From the message, which is last on the screen, to the conversation, and on to the chats.
         Binding("tab", "app.focus_previous", show=False),
         Binding("shift+tab", "app.focus_next", show=False),
+        # Global ones, that the footer teaches them here.
+        *(bind(f"app.{name}", f"app.{name}", show=True, priority=True) for name in ("new", "models", "help")),
     ]
 
     def on_mount(self) -> None:

@@ -38,7 +38,7 @@ class Transcript(Window, can_focus=True):
         bind("turn.code_next", "code(1)"),
         bind("turn.code_previous", "code(-1)"),
         bind("turn.tokens", "act('tokens')", show=True),
-        bind("turn.prompt", "act('prompt')"),
+        bind("turn.prompt", "act('prompt')", show=True),
         bind("turn.previous", "act('previous')"),
         bind("turn.next", "act('next')"),
         bind("turn.write", "act('write')"),
