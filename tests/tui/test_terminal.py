@@ -108,6 +108,12 @@ def test_wide_characters_leave_every_border_where_it_is():
     assert len(set(map(frozenset, table))) == 1
 
 
+def test_the_window_has_the_last_word_on_its_size():
+    with scripted("'Hello.'", columns=90, env={"COLUMNS": "70", "LINES": "22"}) as window:
+        window.wait_for("ready", "send")
+        assert max(edge for columns in window.columns("│") for edge in columns) == 89
+
+
 def test_resizing_while_a_reply_comes():
     words = " ".join(f"word{number}" for number in range(60))
     with scripted(f"Say({words!r}, per_s=60)") as window:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 import time
@@ -278,6 +279,8 @@ class QwenApp(Everywhere):
 
     def hold(self) -> int:
         """Run until the person leaves; the exit code. Raises what keeps the app from beginning at all."""
+        for name in ("COLUMNS", "LINES"):
+            os.environ.pop(name, None)  # who exports them fixes the size that Textual sees, also when the window gets another
         with logfile.written():
             self.run()
             if self._leaver is not None:
