@@ -219,6 +219,7 @@ class ChatScreen(ChatLayout):
 
     def reply_changed(self) -> None:
         """A reply began, or is over."""
+        self.composer.cursor_blink = not self.busy  # each blink draws the screen, and the processor is the model's
         self.show_turns()
         if not self.busy:
             self.entering.use()

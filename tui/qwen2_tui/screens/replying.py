@@ -130,9 +130,10 @@ class Replying:
                 text = session.take()
                 if text:
                     screen.transcript.feed(text)
-            if time.monotonic() - self._numbers >= _NUMBERS_S:
-                self._numbers = time.monotonic()
-                screen.gauges.show()
+                # With the text: each drawing costs about the same, whatever changed.
+                if time.monotonic() - self._numbers >= _NUMBERS_S:
+                    self._numbers = time.monotonic()
+                    screen.gauges.show()
         if not self.all():
             self._timer.pause()
 
