@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 LEAST = 0.1  # seconds between two drawings: faster is not read
 MOST = 1.0  # a slow machine still shows that something comes
-SHARE = 20  # a drawing waits this many times what the last one cost: the app takes a twentieth of a core at most
+SHARE = 30  # a drawing waits this many times what the last one cost: the app takes a thirtieth of a core for it at most
 
 
 class Pace:
