@@ -147,7 +147,7 @@ async def test_escape_takes_back_the_search_then_the_keyboard(store: ChatStore) 
 async def test_by_keys(store: ChatStore) -> None:
     async with Beside(store).run_test(size=(100, 24)) as pilot:
         sidebar = await filled(pilot)
-        sidebar.focus_list()
+        sidebar.query_one("#chats").focus()
         await pilot.press("down", "j", "k", "enter", "end", "enter", "home", "enter")
         await wait_until(pilot, lambda: pilot.app.heard == [(2, None), (4, None), (3, None)])  # type: ignore[attr-defined]
         await pilot.press("slash", *"la", "down", "enter")
@@ -190,7 +190,7 @@ async def test_below_80_columns_it_is_a_drawer(store: ChatStore) -> None:
 async def test_the_keyboard_does_not_stay_in_it_when_the_window_gets_narrow(store: ChatStore) -> None:
     app = make_app()
     async with running(app, size=(100, 30)) as pilot:
-        app.chat_screen.sidebar.focus_list()
+        app.chat_screen.sidebar.query_one("#chats").focus()
         await wait_until(pilot, lambda: isinstance(app.focused, ChatList))
         await pilot.resize_terminal(60, 20)
         await wait_until(pilot, lambda: app.focused is app.chat_screen.composer)
@@ -209,7 +209,7 @@ async def test_two_thousand_chats_are_shown_and_walked_through_at_once(tmp_path:
             chats.show(chats.rows, now=NOW)
             assert time.process_time() - began < 0.1
             assert len(drawn) == 24
-            sidebar.focus_list()
+            sidebar.query_one("#chats").focus()
             await pilot.press("end")
             await wait_for_text(pilot, "Chat 1999")
             # The cursor stays with its chat when a newer one comes.
@@ -242,7 +242,7 @@ async def test_what_is_done_with_the_chat_under_the_cursor(store: ChatStore) -> 
     app = make_app(store=store)
     async with running(app, size=(100, 30)) as pilot:
         sidebar = await filled(pilot)
-        sidebar.focus_list()
+        sidebar.query_one("#chats").focus()
         await pilot.press("down", "p")
         await wait_until(pilot, lambda: store.summary(2).pinned and listed(sidebar)[0] == "Rivers of Laos")
         assert sidebar.highlighted == 2

@@ -153,11 +153,6 @@ class Sidebar(Vertical):
         # At once: `focus` would wait behind letters that are typed right after the key, and they would go into the message.
         self.screen.set_focus(self.query_one("#search", Line))
 
-    def focus_list(self) -> None:
-        """To the chats."""
-        self._open()
-        self._list.focus()
-
     def toggle(self) -> None:
         """Shows it, or hides it; where there is little room, for as long as it is used."""
         if self._narrow:
